@@ -1,0 +1,34 @@
+"""resm-kernels: merge fine-tuned checkpoints with SVD-family methods, RESM first."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from resm_kernels.api import (
+        merge as merge,
+    )
+    from resm_kernels.api import (
+        merge_state_dicts as merge_state_dicts,
+    )
+    from resm_kernels.api import (
+        merge_tensors as merge_tensors,
+    )
+    from resm_kernels.api import (
+        plan as plan,
+    )
+    from resm_kernels.api import (
+        verify as verify,
+    )
+
+__all__ = ["__version__", "merge", "merge_state_dicts", "merge_tensors", "plan", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the API on first use, so that `import resm_kernels` does not import torch."""
+    if name in __all__:
+        return getattr(importlib.import_module("resm_kernels.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

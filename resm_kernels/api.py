@@ -1,0 +1,297 @@
+"""The Python API: what scripts and other tools build on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from resm_kernels.checkpoint.dtypes import OUT_DTYPES
+from resm_kernels.checkpoint.manifest import Verification, verify_folder
+from resm_kernels.engine.options import EngineOptions, parse_size
+from resm_kernels.engine.pipeline import Progress, run_plan
+from resm_kernels.engine.plan import MergePlan, make_plan
+from resm_kernels.engine.result import MergeReport
+from resm_kernels.errors import NonFiniteError, UsageError
+from resm_kernels.methods import find_method, merge_weight
+from resm_kernels.recipe import Recipe, build_recipe, layer_positions, load_recipe
+from resm_kernels.report.card import model_card
+
+Model = str | os.PathLike[str]
+StateDict = Mapping[str, torch.Tensor]
+
+
+def merge(
+    base: Model | None = None,
+    experts: Sequence[Model] | None = None,
+    output: Model | None = None,
+    method: str = "resm",
+    *,
+    recipe: Model | Recipe | None = None,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_dtype: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    threads: int = 1,
+    memory_budget: int | str | None = None,
+    shard_size: int | str = "5GB",
+    nonfinite: Literal["error", "warn"] = "error",
+    allow_missing: bool = False,
+    allow_extra: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge checkpoints on disk into a new checkpoint, tensor by tensor.
+
+    Parameters
+    ----------
+    base, experts : path or Hub id (`org/name[@revision]`)
+        Safetensors (single or sharded) or `.bin` checkpoints of one architecture.
+    output : path
+        A folder that does not exist yet. It appears when the merge is complete.
+    method : str
+        `resm`, `tsvm`, `iso_c`, `task_arithmetic` or `linear`.
+    recipe : path or Recipe, optional
+        Instead of `base`, `experts`, `method`, `weights`, `parameters` and `out_dtype`.
+    weights : sequence of float, optional
+        One per expert; 1 each by default.
+    parameters : mapping, optional
+        The method's parameters by the names that `resm methods` lists; values as in a recipe:
+        scalars, layer gradients, or lists of `{"filter": ..., "value": ...}`.
+    out_dtype : str, optional
+        `bfloat16`, `float16`, `float32` or `float64`; by default every tensor keeps the base's.
+    device, workers, threads, memory_budget, shard_size, nonfinite, allow_missing, allow_extra
+        See `EngineOptions`; sizes in bytes or as `"5GB"`.
+    resume : bool
+        Go on where an interrupted run of the same plan stopped.
+    progress : Progress, optional
+        Told about bytes as they are done.
+
+    Returns
+    -------
+    MergeReport
+
+    Raises
+    ------
+    ResmError
+        One clear error; nothing incomplete is left under the name `output`.
+
+    Notes
+    -----
+    The merged delta of the spectral methods errs by at most 1e-5 in relative Frobenius norm
+    against float64 (measured 4e-7), before the one rounding to the output dtype. The same plan
+    gives the same bytes.
+    """
+    if output is None:
+        raise UsageError("merge: no output folder given")
+    made = plan(
+        base,
+        experts,
+        method,
+        recipe=recipe,
+        weights=weights,
+        parameters=parameters,
+        out_dtype=out_dtype,
+        device=device,
+        workers=workers,
+        threads=threads,
+        memory_budget=memory_budget,
+        shard_size=shard_size,
+        nonfinite=nonfinite,
+        allow_missing=allow_missing,
+        allow_extra=allow_extra,
+    )
+    return execute(made, output, resume=resume, progress=progress)
+
+
+def plan(
+    base: Model | None = None,
+    experts: Sequence[Model] | None = None,
+    method: str = "resm",
+    *,
+    recipe: Model | Recipe | None = None,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_dtype: str | None = None,
+    memory_budget: int | str | None = None,
+    shard_size: int | str = "5GB",
+    **options: Any,
+) -> MergePlan:
+    """Plan a merge from headers alone; parameters as for `merge`, nothing is written."""
+    engine = EngineOptions(
+        memory_budget=None if memory_budget is None else parse_size(memory_budget),
+        shard_size=parse_size(shard_size),
+        **options,
+    )
+    if isinstance(recipe, Recipe):
+        return make_plan(recipe, engine)
+    if recipe is not None:
+        return make_plan(load_recipe(Path(recipe)), engine)
+    if base is None or not experts:
+        raise UsageError("merge: give base and experts, or a recipe")
+    content = recipe_content(base, experts, method, weights, parameters, out_dtype)
+    return make_plan(build_recipe(content, "merge"), engine)
+
+
+def execute(
+    made: MergePlan, output: Model, *, resume: bool = False, progress: Progress | None = None
+) -> MergeReport:
+    """Carry out a plan; `output` and errors as for `merge`."""
+    return run_plan(
+        made,
+        Path(output),
+        resume=resume,
+        progress=progress,
+        extra_files=lambda report: {"README.md": model_card(report)},
+    )
+
+
+def recipe_content(
+    base: Model,
+    experts: Sequence[Model],
+    method: str,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_dtype: str | None = None,
+) -> dict[str, Any]:
+    """Arguments as the recipe they stand for, in the YAML dialect; not checked yet."""
+    if weights is not None and len(weights) != len(experts):
+        raise UsageError(
+            "merge: one weight per expert",
+            got=f"{len(weights)} weights for {len(experts)} experts",
+        )
+    models: list[dict[str, Any]] = [{"model": os.fspath(expert)} for expert in experts]
+    for entry, weight in zip(models, weights or (), strict=False):
+        entry["parameters"] = {"weight": weight}
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": os.fspath(base),
+        "models": models,
+    }
+    if parameters:
+        content["parameters"] = dict(parameters)
+    if out_dtype is not None:
+        content["out_dtype"] = out_dtype
+    return content
+
+
+def verify(path: Model) -> Verification:
+    """Compare every byte of a merged checkpoint with its manifest.
+
+    Raises
+    ------
+    VerificationError
+        Naming every file and tensor that is missing or differs.
+    """
+    return verify_folder(Path(path))
+
+
+@torch.no_grad()
+def merge_tensors(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    method: str = "resm",
+    *,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_dtype: torch.dtype | None = None,
+    name: str = "",
+) -> torch.Tensor:
+    """Merge one weight in memory, on the device where it is.
+
+    Parameters
+    ----------
+    base, experts : Tensor
+        One shape, any float dtypes; not changed.
+    weights : sequence of float, optional
+        One per expert; 1 each by default.
+    parameters : mapping, optional
+        Scalars by the names that `resm methods` lists.
+    out_dtype : torch.dtype, optional
+        The base's by default.
+    name : str
+        The weight's name, for the `exclude` patterns.
+
+    Returns
+    -------
+    Tensor
+        New memory; errors as for `merge`.
+
+    Raises
+    ------
+    UsageError, NonFiniteError
+        Where shapes, dtypes or parameters do not fit, or an input holds NaN or Inf.
+    """
+    chosen = find_method(method)
+    shares = [1.0] * len(experts) if weights is None else [float(w) for w in weights]
+    label = f"tensor {name!r}" if name else "merge_tensors"
+    if not experts or len(shares) != len(experts):
+        raise UsageError(
+            f"{label}: one weight per expert, at least one expert",
+            got=f"{len(shares)} weights, {len(experts)} experts",
+        )
+    for i, tensor in enumerate((base, *experts)):
+        who = f"{label}: expert {i}" if i else f"{label}: base"
+        if tensor.shape != base.shape or tensor.device != base.device:
+            raise UsageError(
+                f"{who} does not match the base",
+                got=f"{list(tensor.shape)} on {tensor.device}",
+                expected=f"{list(base.shape)} on {base.device}",
+            )
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UsageError(f"{who} has dtype {tensor.dtype}", expected="a float of 16 to 64 bits")
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{who} holds NaN or Inf")
+    options = chosen.make_options(parameters or {})
+    dtype = base.dtype if out_dtype is None else out_dtype
+    return merge_weight(chosen, name, base, experts, shares, options, dtype).tensor
+
+
+def merge_state_dicts(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    method: str = "resm",
+    *,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_dtype: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """Merge state dicts in memory; parameters as for `merge`.
+
+    Every name of the base must be in every expert and the other way round; tensors that are not
+    floats are cloned from the base. The inputs are not changed; the result shares no memory with
+    them.
+    """
+    content = recipe_content(
+        "base", [f"expert {i + 1}" for i in range(len(experts))], method, weights, parameters,
+        out_dtype,
+    )  # fmt: skip
+    recipe = build_recipe(content, "merge_state_dicts")
+    for i, expert in enumerate(experts):
+        differing = sorted(base.keys() ^ expert.keys())
+        if differing:
+            raise UsageError(
+                f"expert {i + 1} and the base hold different tensors",
+                got=", ".join(differing[:5]) + (" ..." if len(differing) > 5 else ""),
+            )
+    positions = layer_positions(base)
+    merged = {}
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            merged[name] = tensor.clone()
+            continue
+        options = recipe.options(name, positions[name])
+        merged[name] = merge_tensors(
+            tensor,
+            [expert[name] for expert in experts],
+            recipe.method,
+            weights=recipe.weights(name, positions[name]),
+            parameters={k.rstrip("_"): v for k, v in vars(options).items()},
+            out_dtype=getattr(torch, recipe.out_dtype) if recipe.out_dtype in OUT_DTYPES else None,
+            name=name,
+        )
+    return merged

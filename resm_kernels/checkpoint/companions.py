@@ -1,0 +1,76 @@
+"""The small files that make weights a model: config, generation config, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resm_kernels.checkpoint.dtypes import OUT_DTYPES
+from resm_kernels.checkpoint.layout import Checkpoint
+from resm_kernels.errors import CheckpointError
+
+NAMES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
+MAX_BYTES = 256 << 20
+
+
+def companion_files(base: Checkpoint, out_dtype: str | None) -> dict[str, bytes]:
+    """Contents of the files that an output takes over from its base.
+
+    `config.json` is copied byte for byte, unless `out_dtype` changes what it must say. Python
+    files are copied only where the config's `auto_map` needs them; none is ever run.
+    """
+    files: dict[str, bytes] = {}
+    if base.config:
+        raw = _read(base.folder / "config.json")
+        if out_dtype is not None:
+            config = _with_dtype(base.config, out_dtype)
+            if not {"dtype", "torch_dtype"} & config.keys():
+                config["dtype"] = out_dtype
+            raw = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        files["config.json"] = raw
+    patterns = [*PATTERNS, *(["*.py"] if "auto_map" in base.config else [])]
+    found = [base.folder / name for name in NAMES]
+    found += [path for pattern in patterns for path in sorted(base.folder.glob(pattern))]
+    for path in found:
+        if path.is_file():
+            files[path.relative_to(base.folder).as_posix()] = _read(path)
+    return files
+
+
+def _with_dtype(config: Mapping[str, Any], out_dtype: str) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value in OUT_DTYPES:
+            changed[key] = out_dtype
+        else:
+            changed[key] = _with_dtype(value, out_dtype) if isinstance(value, dict) else value
+    return changed
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path}: too large for a companion file")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,126 @@
+"""Durable files: everything an output folder is made of passes through here."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from resm_kernels.errors import OutputError, VerificationError
+
+PIECE = 16 << 20
+SEAL = "sha256"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into one OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror}",
+            fix="free space (or raise the limit) there, then resume" if full else None,
+        ) from error
+
+
+def create(path: Path, flags: int = 0) -> int:
+    """Open a new file for writing; its mode follows the umask."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)
+
+
+def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
+    """Write every byte at an offset, however many calls it takes."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done : done + PIECE], offset + done)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file through a temporary name: complete on disk, or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        descriptor = create(temporary, os.O_TRUNC)
+        try:
+            write_all(descriptor, data, 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_ranges(path: Path, ranges: list[tuple[int, int]]) -> tuple[str, list[str]]:
+    """SHA-256 of a whole file and of ascending, disjoint byte ranges of it, in one reading."""
+    whole = hashlib.sha256()
+    digests = []
+    with open(path, "rb", buffering=0) as file:
+        position = 0
+
+        def feed(stop: int | None, part: Any) -> None:
+            nonlocal position
+            while stop is None or position < stop:
+                piece = file.read(PIECE if stop is None else min(PIECE, stop - position))
+                if not piece:
+                    return
+                whole.update(piece)
+                if part is not None:
+                    part.update(piece)
+                position += len(piece)
+
+        for start, stop in ranges:
+            feed(start, None)
+            part = hashlib.sha256()
+            feed(stop, part)
+            digests.append(part.hexdigest())
+        feed(None, None)
+    return whole.hexdigest(), digests
+
+
+def canonical_json(value: object) -> bytes:
+    """One byte string per value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Serialise an object with a digest of itself inside, so that any changed byte shows."""
+    digest = hashlib.sha256(canonical_json(content)).hexdigest()
+    return _pretty({**content, SEAL: digest})
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """Read a sealed JSON file; VerificationError where a single byte differs."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise VerificationError(f"{path}: cannot be read: {error.strerror}") from error
+    damaged = VerificationError(f"{path}: damaged: it does not match its own digest")
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise damaged from error
+    if not isinstance(content, dict) or SEAL not in content or _pretty(content) != raw:
+        raise damaged
+    digest = content.pop(SEAL)
+    if digest != hashlib.sha256(canonical_json(content)).hexdigest():
+        raise damaged
+    return content
+
+
+def _pretty(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,221 @@
+"""The output folder while it is being made: locked, journalled, finished by one rename."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from resm_kernels.checkpoint.files import (
+    canonical_json,
+    create,
+    hash_ranges,
+    sync_folder,
+    unseal,
+    write_file,
+    writing,
+)
+from resm_kernels.checkpoint.writer import ShardLayout
+from resm_kernels.errors import OutputError, VerificationError
+
+LOG = logging.getLogger(__name__)
+
+JOURNAL = "resm_journal.jsonl"
+MANIFEST = "resm_manifest.json"
+REPORT = "resm_report.json"
+
+
+def partial_folder(output: Path) -> Path:
+    """Where an output is built: a sibling, so that one rename finishes it."""
+    return output.with_name(output.name + ".partial")
+
+
+def check_output(output: Path, inputs: Iterable[Path], *, resume: bool) -> None:
+    """Refuse an output folder that exists, lies in an input, or holds unfinished work."""
+    target = output.resolve()
+    for folder in inputs:
+        source = folder.resolve()
+        if target == source or source in target.parents:
+            raise OutputError(
+                f"{output}: the output lies in the input folder {folder}",
+                fix="choose an output folder outside every input",
+            )
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OutputError(f"{output}: exists and is not a folder", fix="choose another name")
+    if output.exists() and any(output.iterdir()):
+        raise OutputError(
+            f"{output}: exists and is not empty", fix="choose another name, or move it away"
+        )
+    if not output.parent.is_dir():
+        raise OutputError(f"{output.parent}: no such folder", fix="create it first")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output.parent}: no permission to write there")
+    partial = partial_folder(output)
+    if partial.exists() and not resume:
+        raise OutputError(
+            f"{partial}: an unfinished merge lies there",
+            fix=f"finish it with --resume (resume=True), or remove it: rm -r {partial}",
+        )
+
+
+class OutputFolder:
+    """`OUT.partial/` from its creation to its rename, held under an exclusive lock.
+
+    Attributes
+    ----------
+    kept : mapping
+        Journal entries of the shards that an earlier run finished, by shard name.
+    """
+
+    def __init__(self, output: Path, plan_id: str) -> None:
+        self.output = output
+        self.path = partial_folder(output)
+        self.kept: dict[str, dict[str, Any]] = {}
+        self._plan_id = plan_id
+        self._journal = -1
+        with writing(self.path):
+            try:
+                os.mkdir(self.path)
+                sync_folder(output.parent)
+                fresh = True
+            except FileExistsError:
+                fresh = False
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._take_lock()
+            self._open_journal(fresh)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{self.path}: another merge is writing there",
+                fix="wait for it, or choose another output",
+            ) from error
+        except OSError as error:
+            LOG.warning("%s: this file system has no locks (%s)", self.path, error.strerror)
+
+    def _open_journal(self, fresh: bool) -> None:
+        path = self.path / JOURNAL
+        lines = [] if fresh else self._read_journal(path)
+        if lines and lines[0].get("plan_id") != self._plan_id:
+            raise OutputError(
+                f"{self.path}: the unfinished merge there has another plan",
+                got=f"plan {str(lines[0].get('plan_id'))[:12]}",
+                expected=f"plan {self._plan_id[:12]}: the same recipe, inputs, layout and version",
+                fix=f"resume with the recipe it was started with, or remove it: rm -r {self.path}",
+            )
+        with writing(path):
+            self._journal = create(path, os.O_APPEND)
+            kept_bytes = b"".join(canonical_json(line) + b"\n" for line in lines)
+            os.ftruncate(self._journal, len(kept_bytes))
+        if not lines:
+            self._append({"plan_id": self._plan_id})
+            with writing(self.path):
+                sync_folder(self.path)
+        self.kept = {line["shard"]: line for line in lines[1:]}
+
+    def _read_journal(self, path: Path) -> list[dict[str, Any]]:
+        """Whole lines in order; a torn last line is work that was not finished."""
+        if not path.exists():
+            return []
+        lines: list[dict[str, Any]] = []
+        for raw in path.read_bytes().splitlines(keepends=True):
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                break
+            if not raw.endswith(b"\n") or canonical_json(line) + b"\n" != raw:
+                break
+            lines.append(line)
+        return lines
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with writing(self.path / JOURNAL):
+            view = memoryview(canonical_json(line) + b"\n")
+            while view:
+                view = view[os.write(self._journal, view) :]
+            os.fsync(self._journal)
+
+    def is_finished(self) -> bool:
+        """Whether an earlier run of this plan got as far as the manifest."""
+        path = self.path / MANIFEST
+        if not path.exists():
+            return False
+        try:
+            return bool(unseal(path).get("plan_id") == self._plan_id)
+        except VerificationError:
+            return False
+
+    def verify_kept(self, layouts: Iterable[ShardLayout]) -> None:
+        """Read every kept shard again; one that no longer matches is refused by name."""
+        by_name = {layout.name: layout for layout in layouts}
+        for name, entry in list(self.kept.items()):
+            path = self.path / name
+            if not path.exists():
+                del self.kept[name]
+                continue
+            ranges = [(slot.start, slot.stop) for slot in by_name[name].slots]
+            digest, parts = hash_ranges(path, ranges)
+            if digest == entry["sha256"]:
+                continue
+            changed = [
+                slot.name
+                for slot, part in zip(by_name[name].slots, parts, strict=True)
+                if part != entry["digests"][slot.name]
+            ]
+            raise OutputError(
+                f"{path}: changed after it was finished",
+                got=f"other bytes in {', '.join(changed[:3]) or 'its header'}",
+                fix="remove that file to have it merged again, then resume",
+            )
+        for leftover in self.path.glob("*.tmp"):
+            leftover.unlink()
+
+    def shard_done(
+        self, shard: str, sha256: str, digests: Mapping[str, str], results: Mapping[str, Any]
+    ) -> None:
+        """Journal a shard that is durable under its final name."""
+        entry = {
+            "shard": shard, "sha256": sha256, "digests": dict(digests), "results": dict(results),
+        }  # fmt: skip
+        self._append(entry)
+        self.kept[shard] = entry
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Write the small files, the last one last, and rename the folder to its name."""
+        for name, data in files.items():
+            path = self.path / name
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+            write_file(path, data)
+        with writing(self.output):
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            sync_folder(self.path)
+            os.rename(self.path, self.output)
+            sync_folder(self.output.parent)
+        self.close()
+
+    def discard_if_empty(self) -> bool:
+        """Remove the folder after a failure, unless it holds finished shards."""
+        if self.kept:
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        return True
+
+    def close(self) -> None:
+        """Let go of the lock and the journal; harmless when called again."""
+        for name in ("_journal", "_lock"):
+            descriptor = getattr(self, name)
+            if descriptor >= 0:
+                os.close(descriptor)
+                setattr(self, name, -1)

@@ -1,0 +1,300 @@
+"""What a checkpoint holds, read from headers alone and believed only after checking."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resm_kernels.checkpoint.dtypes import DTYPES, DType
+from resm_kernels.errors import CheckpointError
+
+MAX_HEADER = 100_000_000
+"""Longest safetensors header that the format allows, in bytes."""
+MAX_JSON = 64 << 20
+"""Longest index or config file that is read, in bytes."""
+MAX_RANK = 32
+"""Most dimensions a tensor may have."""
+INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What must not change between planning a merge and finishing it."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileStamp:
+        """Take the stamp from an `os.stat_result`."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: its file, and for safetensors its bytes [start, stop) there."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One shard: its tensors, the digest of its header and its stamp."""
+
+    path: Path
+    format: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    header_digest: str
+    stamp: FileStamp
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk: every tensor by name, in file order, and its config.
+
+    Attributes
+    ----------
+    reference : str
+        What the user called it.
+    folder : Path
+        Where it lies.
+    files : tuple of WeightFile
+        Shards in name order.
+    tensors : mapping
+        Name to `TensorInfo`, in the order of files and of offsets in them.
+    config : mapping
+        config.json, empty where there is none.
+    aliases : mapping
+        Tied names to the name whose data they share.
+    """
+
+    reference: str
+    folder: Path
+    files: tuple[WeightFile, ...]
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the header digests and stamps of all files: the inputs' identity."""
+        parts = [
+            f"{f.path.name} {f.header_digest} {f.stamp.size} {f.stamp.mtime_ns}" for f in self.files
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_safetensors_header(path: Path) -> WeightFile:
+    """Read and check the header of a safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        On anything that the format forbids: a header past the file's end or 100 MB, invalid or
+        repeated JSON keys, unknown dtypes, shapes that do not match their bytes, data that
+        overlap, leave holes or do not end with the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            stamp = FileStamp.of(os.fstat(file.fileno()))
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER, stamp.size - 8):
+                raise _bad(
+                    path,
+                    "the header does not fit in the file",
+                    got=f"a header of {length} bytes in a file of {stamp.size}"
+                    if len(prefix) == 8
+                    else f"a file of {stamp.size} bytes",
+                    expected=f"at most {MAX_HEADER} bytes, inside the file",
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(raw) != length:
+        raise _bad(path, "the file ends inside its header", got=f"{len(raw)} of {length} bytes")
+    if not raw.startswith(b"{"):
+        raise _bad(path, "the header is not a JSON object", got=repr(raw[:16]))
+
+    header = parse_json(raw, path)
+    if not isinstance(header, dict):
+        raise _bad(path, "the header is not a JSON object", got=type(header).__name__)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, "__metadata__ must map strings to strings")
+    data_start = 8 + length
+    tensors = [_tensor_info(path, name, entry, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda t: (t.start, t.stop))
+    end = data_start
+    for tensor in tensors:
+        if tensor.start != end:
+            problem = "overlaps the tensor before it" if tensor.start < end else "leaves a hole"
+            raise _bad(
+                path,
+                f"tensor {tensor.name!r} {problem}",
+                got=f"data from byte {tensor.start - data_start}",
+                expected=f"from byte {end - data_start}",
+            )
+        end = tensor.stop
+    if end != stamp.size:
+        raise _bad(
+            path,
+            "the data do not end with the file",
+            got=f"a file of {stamp.size} bytes",
+            expected=f"{end}, as the header says",
+        )
+    return WeightFile(
+        path=path,
+        format="safetensors",
+        tensors={tensor.name: tensor for tensor in tensors},
+        metadata=metadata,
+        header_digest=hashlib.sha256(raw).hexdigest(),
+        stamp=stamp,
+    )
+
+
+def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    def fail(problem: str, got: object) -> CheckpointError:
+        return _bad(path, f"tensor {name!r}: {problem}", got=repr(got)[:200])
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise fail("must have exactly dtype, shape and data_offsets", entry)
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise fail(f"unknown dtype; this package reads {', '.join(DTYPES)}", entry["dtype"])
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > MAX_RANK:
+        raise fail("the shape must be a list of sizes", shape)
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise fail("data_offsets must be [start, stop]", offsets)
+    nbytes = math.prod(shape) * dtype.size
+    if offsets[1] - offsets[0] != nbytes:
+        raise _bad(
+            path,
+            f"tensor {name!r}: shape and data disagree",
+            got=f"{offsets[1] - offsets[0]} bytes",
+            expected=f"{nbytes} for {dtype.name} {shape}",
+        )
+    start, stop = (data_start + offset for offset in offsets)
+    return TensorInfo(name, dtype, tuple(shape), path, start, stop)
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in values
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file strictly: no repeated keys, no NaN, bounded size and depth."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_JSON + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_JSON:
+        raise _bad(path, "too long for a JSON file", expected=f"at most {MAX_JSON} bytes")
+    return parse_json(raw, path)
+
+
+def parse_json(raw: bytes, path: Path) -> Any:
+    """Parse JSON strictly; CheckpointError names the file."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {repeated!r} stands twice")
+        return result
+
+    def no_constant(word: str) -> Any:
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
+    except RecursionError as error:
+        raise _bad(path, "invalid JSON: nested too deeply") from error
+    except ValueError as error:
+        raise _bad(path, f"invalid JSON: {error}") from error
+
+
+def read_index(path: Path) -> dict[str, list[str]]:
+    """Read a `*.index.json` and return the tensor names of every shard it lists."""
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _bad(path, "no weight_map", expected='{"weight_map": {tensor: shard, ...}}')
+    shards: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard not in ("", ".", "..")
+        if not plain or any(c in shard for c in "/\\\0"):
+            raise _bad(
+                path,
+                f"tensor {name!r}: the shard name leaves the folder",
+                got=repr(shard)[:200],
+                expected="a plain file name",
+            )
+        shards.setdefault(shard, []).append(name)
+    return dict(sorted(shards.items()))
+
+
+def check_index(path: Path, listed: Mapping[str, list[str]], files: list[WeightFile]) -> None:
+    """Compare an index with the shards' own headers; every difference is an error."""
+    home: dict[str, Path] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in home:
+                raise _bad(
+                    path,
+                    f"tensor {name!r} lies in two shards",
+                    got=f"{home[name].name} and {file.path.name}",
+                )
+            home[name] = file.path
+        promised = set(listed[file.path.name])
+        if absent := sorted(promised - file.tensors.keys()):
+            raise _bad(
+                path,
+                f"{file.path.name} lacks {len(absent)} of the tensors that the index lists there",
+                got=_some(absent),
+            )
+        if unlisted := sorted(file.tensors.keys() - promised):
+            raise _bad(
+                path,
+                f"{file.path.name} holds {len(unlisted)} tensors that the index does not list",
+                got=_some(unlisted),
+            )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _bad(
+    path: Path, what: str, *, got: str | None = None, expected: str | None = None
+) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {what}",
+        got=got,
+        expected=expected,
+        fix="the file is damaged or not what its name says: fetch or write it again",
+    )

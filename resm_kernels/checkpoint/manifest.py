@@ -1,0 +1,156 @@
+"""The manifest of a finished output, and the check that nothing in it changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resm_kernels import __version__
+from resm_kernels.checkpoint.files import hash_ranges, seal, unseal
+from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, REPORT
+from resm_kernels.checkpoint.writer import ShardLayout, weight_map
+from resm_kernels.errors import VerificationError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_folder` found in order.
+
+    `unlisted` are files that somebody added after the merge; they are nobody's promise.
+    """
+
+    path: str
+    plan_id: str
+    files: int
+    tensors: int
+    total_bytes: int
+    unlisted: tuple[str, ...]
+
+
+def index_file(layouts: Sequence[ShardLayout]) -> dict[str, bytes]:
+    """The index that loaders need where there are several shards."""
+    if len(layouts) == 1:
+        return {}
+    total = sum(slot.stop - slot.start for layout in layouts for slot in layout.slots)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map(layouts))}
+    return {"model.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode()}
+
+
+def build_manifest(
+    *,
+    plan_id: str,
+    recipe: Mapping[str, Any],
+    inputs: Sequence[tuple[str, str]],
+    layouts: Sequence[ShardLayout],
+    shards: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, bytes],
+) -> bytes:
+    """Describe every file and tensor of an output; the same plan gives the same bytes."""
+    listed = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
+    tensors = {}
+    for layout in layouts:
+        entry = shards[layout.name]
+        listed[layout.name] = {"size": layout.size, "sha256": entry["sha256"]}
+        for slot in layout.slots:
+            tensors[slot.name] = {
+                **facts[slot.name],
+                "file": layout.name,
+                "dtype": slot.dtype.name,
+                "range": [slot.start, slot.stop],
+                "sha256": entry["digests"][slot.name],
+            }
+    content = {
+        "format": FORMAT,
+        "tool": f"resm-kernels {__version__}",
+        "plan_id": plan_id,
+        "recipe": dict(recipe),
+        "inputs": [{"model": reference, "digest": digest} for reference, digest in inputs],
+        "files": listed,
+        "tensors": tensors,
+    }
+    return seal(content)
+
+
+def verify_folder(folder: Path) -> Verification:
+    """Compare every byte of a finished output with its manifest; needs no GPU.
+
+    Raises
+    ------
+    VerificationError
+        Naming every file, and every tensor in it, that is missing or differs.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise VerificationError(
+            f"{folder}: no {MANIFEST}",
+            expected="a folder that `resm merge` finished",
+        )
+    manifest = unseal(path)
+    if manifest.get("format") != FORMAT:
+        raise VerificationError(
+            f"{path}: format {manifest.get('format')!r} is unknown",
+            expected=f"format {FORMAT}",
+            fix="verify with the version that wrote it",
+        )
+    problems = []
+    try:
+        unseal(folder / REPORT)
+    except VerificationError as error:
+        problems.append(error.what)
+    by_file: dict[str, list[tuple[int, int, str, str]]] = {}
+    for name, tensor in manifest["tensors"].items():
+        start, stop = tensor["range"]
+        by_file.setdefault(tensor["file"], []).append((start, stop, name, tensor["sha256"]))
+    total = 0
+    for name, listed in manifest["files"].items():
+        problems += _verify_file(folder / name, listed, sorted(by_file.get(name, [])))
+        total += listed["size"]
+    if problems:
+        raise VerificationError(
+            "\n".join([f"{folder}: does not match its manifest", *(f"  - {p}" for p in problems)])
+        )
+    known = {*manifest["files"], MANIFEST, REPORT, JOURNAL}
+    unlisted = sorted(
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*")
+        if p.is_file() and p.relative_to(folder).as_posix() not in known
+    )
+    return Verification(
+        path=str(folder),
+        plan_id=manifest["plan_id"],
+        files=len(manifest["files"]) + 2,
+        tensors=len(manifest["tensors"]),
+        total_bytes=total,
+        unlisted=tuple(unlisted),
+    )
+
+
+def _verify_file(
+    path: Path, listed: Mapping[str, Any], tensors: Sequence[tuple[int, int, str, str]]
+) -> list[str]:
+    try:
+        size = path.stat().st_size
+        digest, parts = hash_ranges(path, [(start, stop) for start, stop, _, _ in tensors])
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    if digest == listed["sha256"]:
+        return []
+    problems = []
+    if size != listed["size"]:
+        problems.append(f"{path}: {size} bytes instead of {listed['size']}")
+    names = [t[2] for t, part in zip(tensors, parts, strict=True) if part != t[3]]
+    if names:
+        problems += [f"{path}: tensor {name!r} differs" for name in names]
+    elif not problems:
+        problems.append(f"{path}: {'its header' if tensors else 'its content'} differs")
+    return problems

@@ -1,0 +1,234 @@
+"""Opening checkpoints and streaming their tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import stat
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from resm_kernels.checkpoint.dtypes import BY_TORCH
+from resm_kernels.checkpoint.hub import ModelReference, locate
+from resm_kernels.checkpoint.layout import (
+    INDEX_SUFFIX,
+    Checkpoint,
+    FileStamp,
+    TensorInfo,
+    WeightFile,
+    check_index,
+    read_index,
+    read_json,
+    read_safetensors_header,
+)
+from resm_kernels.errors import CheckpointError
+
+PIECE = 16 << 20
+"""Bytes asked of the file system at once."""
+
+
+def open_checkpoint(reference: ModelReference) -> Checkpoint:
+    """Find a model's weight files and read every header; no tensor data is read.
+
+    The order of choice in a folder: `model.safetensors`, `model.safetensors.index.json`, the
+    only other safetensors file or index, `pytorch_model.bin`, `pytorch_model.bin.index.json`.
+
+    Raises
+    ------
+    CheckpointError
+        Where nothing is found, or a file is not what the format or the index says.
+    """
+    folder = locate(reference)
+    if folder.is_file():
+        entry, folder = folder, folder.parent
+    else:
+        entry = _entry_file(folder)
+    if entry.name.endswith(INDEX_SUFFIX):
+        listed = read_index(entry)
+        if absent := [name for name in listed if not (folder / name).exists()]:
+            raise CheckpointError(
+                f"{entry}: {len(absent)} of {len(listed)} shards are missing",
+                got=f"no {', '.join(absent[:3])}",
+                fix="fetch the missing shards",
+            )
+        files = [_read_file(folder / name) for name in listed]
+        check_index(entry, listed, files)
+    else:
+        files = [_read_file(entry)]
+
+    config_path = folder / "config.json"
+    config = read_json(config_path) if config_path.exists() else {}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_path}: not a JSON object")
+    tensors = {name: info for file in files for name, info in file.tensors.items()}
+    aliases = {
+        alias: kept for file in files for alias, kept in _aliases(file).items() if kept in tensors
+    }
+    return Checkpoint(reference.text, folder, tuple(files), tensors, config, aliases)
+
+
+def _entry_file(folder: Path) -> Path:
+    singles = sorted(folder.glob("*.safetensors"))
+    indexes = sorted(folder.glob(f"*.safetensors{INDEX_SUFFIX}"))
+    for name in ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}"):
+        if (folder / name).exists():
+            return folder / name
+    for found in (indexes, singles):
+        if len(found) == 1:
+            return found[0]
+    for name in ("pytorch_model.bin", f"pytorch_model.bin{INDEX_SUFFIX}"):
+        if (folder / name).exists():
+            return folder / name
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder}: a LoRA adapter; adapters as experts are not supported yet",
+            fix="merge the adapter into its base model and name that folder",
+        )
+    if singles:
+        raise CheckpointError(
+            f"{folder}: {len(singles)} safetensors files and no index",
+            expected="model.safetensors, or shards with model.safetensors.index.json",
+        )
+    raise CheckpointError(
+        f"{folder}: no weights",
+        expected="model.safetensors, pytorch_model.bin, or shards with their index",
+    )
+
+
+def _read_file(path: Path) -> WeightFile:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    if path.suffix == ".safetensors":
+        return read_safetensors_header(path)
+    return _read_torch_file(path)
+
+
+def _read_torch_file(path: Path) -> WeightFile:
+    stamp = FileStamp.of(path.stat())
+    tensors, lines = {}, []
+    for name, tensor in load_torch_file(path).items():
+        dtype = BY_TORCH.get(tensor.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{path}: tensor {name!r}: unsupported dtype {tensor.dtype}")
+        shape = tuple(tensor.shape)
+        tensors[name] = TensorInfo(name, dtype, shape, path, 0, 0)
+        lines.append(f"{name} {dtype.name} {shape}")
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return WeightFile(path, "torch", tensors, {}, digest, stamp)
+
+
+def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
+    """Map a `.bin` file's tensors into memory by torch's weights-only loader; no code runs."""
+    fix = "convert it to safetensors with the library that wrote it"
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds pickled objects other than tensors; they are never loaded", fix=fix
+        ) from error
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"{path}: not a readable torch file: {reason}", fix=fix) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise CheckpointError(
+            f"{path}: not a flat state dict", expected="a dict of names to tensors", fix=fix
+        )
+    return state
+
+
+def _aliases(file: WeightFile) -> dict[str, str]:
+    """Tied names: those that a `.bin` stores once, those that safetensors' metadata records."""
+    if file.format == "safetensors":
+        return {alias: kept for alias, kept in file.metadata.items() if alias != "format"}
+    first: dict[tuple[object, ...], str] = {}
+    aliases = {}
+    for name, tensor in load_torch_file(file.path).items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(key, name) != name:
+            aliases[name] = first[key]
+    return aliases
+
+
+class TensorReader:
+    """Reads whole tensors; safe to call from several threads.
+
+    Every read opens the file anew and compares its stamp with the plan's, so that a file that
+    was replaced or truncated during a merge is an error, never a wrong result or a SIGBUS
+    (`.bin` files are mapped by torch and are only checked, not protected).
+    """
+
+    def __init__(self) -> None:
+        self._torch_files: dict[Path, Mapping[str, torch.Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, file: WeightFile, info: TensorInfo) -> torch.Tensor:
+        """Return a tensor in memory of its own, in its stored dtype and shape."""
+        if file.format == "torch":
+            return self._read_torch(file, info)
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        view = data.numpy().data
+        where = f"{info.file}: tensor {info.name!r}"
+        try:
+            descriptor = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                check_stamp(file, os.fstat(descriptor))
+                done = 0
+                while done < info.nbytes:
+                    piece = view[done : done + PIECE]
+                    count = os.preadv(descriptor, [piece], info.start + done)
+                    if count == 0:
+                        raise CheckpointError(
+                            f"{where}: the file ended early",
+                            got=f"{done} of {info.nbytes} bytes",
+                            fix="the file was truncated during the merge: restore it, then resume",
+                        )
+                    done += count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
+        return data.view(info.dtype.torch).reshape(info.shape)
+
+    def _read_torch(self, file: WeightFile, info: TensorInfo) -> torch.Tensor:
+        with self._lock:
+            if file.path not in self._torch_files:
+                self._torch_files[file.path] = load_torch_file(file.path)
+            tensor = self._torch_files[file.path][info.name]
+        check_stamp(file, os.stat(file.path))
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def same_data(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, TensorInfo]) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bytes, read piece by piece."""
+    if "torch" in (first[0].format, second[0].format):
+        reader = TensorReader()
+        return bool(torch.equal(reader.read(*first), reader.read(*second)))
+    with open(first[1].file, "rb") as a, open(second[1].file, "rb") as b:
+        a.seek(first[1].start)
+        b.seek(second[1].start)
+        left = first[1].nbytes
+        while left:
+            size = min(PIECE, left)
+            if a.read(size) != b.read(size):
+                return False
+            left -= size
+    return True
+
+
+def check_stamp(file: WeightFile, status: os.stat_result) -> None:
+    """Raise where a file is no longer the one that was planned with."""
+    if FileStamp.of(status) != file.stamp:
+        raise CheckpointError(
+            f"{file.path}: the file changed after the merge was planned",
+            fix="restore the file, or start the merge anew",
+        )

@@ -1,0 +1,317 @@
+"""The `resm` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from resm_kernels import __version__
+from resm_kernels.errors import ResmError, UsageError
+
+if TYPE_CHECKING:
+    from resm_kernels.engine.plan import MergePlan
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when done, 1 when the work failed, 2 when it was asked wrongly."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        format="%(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("httpx", "httpcore", "huggingface_hub", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except ResmError as error:
+        print(f"resm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("resm: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; importing it loads neither torch nor rich."""
+    parser = argparse.ArgumentParser(
+        prog="resm",
+        description="Merge fine-tuned checkpoints of one base model by singular-vector methods.",
+    )
+    parser.add_argument("--version", action="version", version=f"resm-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+
+    merge = commands.add_parser(
+        "merge",
+        parents=[common],
+        help="merge checkpoints",
+        usage="resm merge RECIPE.yml OUT [options]\n"
+        "       resm merge --base B --expert E --expert E [--method M] OUT [options]",
+        description="Merge checkpoints by a recipe, or by --base, --expert and --method. OUT "
+        "appears when it is complete; until then the work lies in OUT.partial.",
+    )
+    merge.add_argument("paths", nargs="*", metavar="[RECIPE.yml] OUT")
+    what = merge.add_argument_group("what to merge (instead of a recipe)")
+    what.add_argument("--base", metavar="MODEL", help="folder, file, or Hub id org/name[@revision]")
+    what.add_argument(
+        "--expert",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="a fine-tuned model of that base; repeat",
+    )
+    what.add_argument(
+        "--weight",
+        metavar="W",
+        action="append",
+        type=float,
+        help="weight of an expert, in the order of --expert; repeat",
+    )
+    what.add_argument("--method", metavar="NAME", help="see `resm methods` (default: resm)")
+    what.add_argument("--lambda", metavar="X", dest="lambda_", type=float, help="merge coefficient")
+    what.add_argument(
+        "--param",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a parameter of the method; repeat",
+    )
+    what.add_argument(
+        "--out-dtype",
+        metavar="DTYPE",
+        help="bfloat16, float16, float32 or float64 (default: the base's)",
+    )
+    how = merge.add_argument_group("how to merge")
+    how.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    how.add_argument("--resume", action="store_true", help="finish an interrupted merge")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    how.add_argument("--workers", type=int, metavar="N", help="weights merged at a time")
+    how.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="BLAS threads per worker; part of the plan (default: 1)",
+    )
+    how.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="most tensor bytes in memory, such as 8GB (default: 60%% of free)",
+    )
+    how.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        default="5GB",
+        help="most bytes per output shard (default: 5GB)",
+    )
+    how.add_argument(
+        "--nonfinite",
+        choices=("error", "warn"),
+        default="error",
+        help="NaN or Inf in an input: stop, or keep the base's value there",
+    )
+    how.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="copy a tensor from the base where an expert lacks it",
+    )
+    how.add_argument(
+        "--allow-extra",
+        action="store_true",
+        help="leave out tensors of experts that the base lacks",
+    )
+    how.add_argument("--quiet", action="store_true", help="no progress")
+    merge.set_defaults(run=_merge)
+
+    verify = commands.add_parser(
+        "verify", parents=[common], help="check every byte of a merged checkpoint"
+    )
+    verify.add_argument("path", metavar="OUT")
+    verify.set_defaults(run=_verify)
+
+    methods = commands.add_parser("methods", parents=[common], help="list methods and parameters")
+    methods.set_defaults(run=_methods)
+
+    doctor = commands.add_parser("doctor", parents=[common], help="what this machine has")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser(
+        "demo", parents=[common], help="train a tiny base and three experts, merge, compare"
+    )
+    demo.add_argument("path", metavar="DIR")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from resm_kernels import api
+    from resm_kernels.report.progress import BarProgress, LogProgress
+    from resm_kernels.report.tables import plan_table, report_table
+
+    arguments = _what(options)
+    made = api.plan(
+        **arguments,
+        device=options.device,
+        workers=options.workers,
+        threads=options.threads,
+        memory_budget=options.memory_budget,
+        shard_size=options.shard_size,
+        nonfinite=options.nonfinite,
+        allow_missing=options.allow_missing,
+        allow_extra=options.allow_extra,
+    )
+    stderr = Console(stderr=True)
+    if options.dry_run:
+        _check_target(made, options)
+        if options.json:
+            _print_json(made.to_dict())
+        else:
+            Console().print(plan_table(made))
+        return 0
+    progress = None
+    if not options.quiet:
+        progress = BarProgress(stderr) if stderr.is_terminal else LogProgress()
+    report = api.execute(made, options.paths[-1], resume=options.resume, progress=progress)
+    if options.json:
+        _print_json(report.to_dict())
+    else:
+        Console().print(report_table(report))
+    return 0
+
+
+def _what(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `api.plan` that say what to merge."""
+    import yaml
+
+    inline = {
+        "--base": options.base,
+        "--expert": options.expert,
+        "--weight": options.weight,
+        "--method": options.method,
+        "--lambda": options.lambda_,
+        "--param": options.param,
+        "--out-dtype": options.out_dtype,
+    }
+    given = [name for name, value in inline.items() if value not in (None, [])]
+    if len(options.paths) == 2:
+        if given:
+            raise UsageError(
+                f"merge: {', '.join(given)} beside a recipe",
+                fix="write it into the recipe, or leave the recipe out",
+            )
+        return {"recipe": options.paths[0]}
+    if len(options.paths) != 1 or not options.base or not options.expert:
+        raise UsageError(
+            "merge: expected RECIPE.yml OUT, or --base, --expert and OUT",
+            got=" ".join(options.paths) or "no output folder",
+            fix="see resm merge --help",
+        )
+    parameters: dict[str, Any] = {}
+    for text in options.param:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--param: got {text!r}", expected="NAME=VALUE")
+        try:
+            parameters[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--param {name}: not a value: {value!r}") from error
+    if options.lambda_ is not None:
+        parameters["lambda"] = options.lambda_
+    return {
+        "base": options.base,
+        "experts": options.expert,
+        "method": options.method or "resm",
+        "weights": options.weight,
+        "parameters": parameters,
+        "out_dtype": options.out_dtype,
+    }
+
+
+def _check_target(made: MergePlan, options: argparse.Namespace) -> None:
+    """A dry run refuses what the merge itself would refuse."""
+    from pathlib import Path
+
+    from resm_kernels.checkpoint.journal import check_output
+    from resm_kernels.engine.plan import check_disk
+
+    output = Path(options.paths[-1])
+    inputs = [checkpoint.folder for checkpoint in (made.base, *made.experts)]
+    check_output(output, inputs, resume=options.resume)
+    check_disk(made, output)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from resm_kernels import api
+
+    found = api.verify(options.path)
+    if options.json:
+        _print_json(asdict(found))
+        return 0
+    print(
+        f"{found.path}: {found.files} files, {found.tensors} tensors, {found.total_bytes:,} bytes: "
+        "every byte as it was written"
+    )
+    if found.unlisted:
+        print(f"not part of the merge: {', '.join(found.unlisted)}")
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from resm_kernels.methods import METHODS
+    from resm_kernels.report.tables import methods_table, methods_to_dict
+
+    if options.json:
+        _print_json(methods_to_dict(METHODS.values()))
+    else:
+        Console().print(methods_table(METHODS.values()))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from resm_kernels.doctor import diagnose
+    from resm_kernels.report.tables import doctor_table
+
+    found = diagnose()
+    if options.json:
+        _print_json(found)
+    else:
+        Console().print(doctor_table(found))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from resm_kernels import demo
+
+    results = demo.run(options.path, seed=options.seed)
+    if options.json:
+        _print_json(results)
+    return 0
+
+
+def _print_json(content: object) -> None:
+    json.dump(content, sys.stdout, indent=1, ensure_ascii=False)
+    print()

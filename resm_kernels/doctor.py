@@ -1,0 +1,53 @@
+"""What this machine has, and what of it a merge will use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+from resm_kernels import __version__
+from resm_kernels.engine.options import available_memory, usable_cores
+
+PACKAGES = (
+    "torch", "triton", "numpy", "safetensors", "huggingface_hub", "transformers", "rich", "PyYAML",
+)  # fmt: skip
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions, devices, optional parts and where each part of a merge will run."""
+    import torch
+
+    devices = [
+        {
+            "name": torch.cuda.get_device_name(i),
+            "memory_bytes": torch.cuda.get_device_properties(i).total_memory,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(i))),
+        }
+        for i in range(torch.cuda.device_count())
+    ]
+    extension = importlib.util.find_spec("resm_kernels._cusolver") is not None
+    device = "cuda" if devices else "cpu"
+    return {
+        "resm_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cores": usable_cores(),
+        "available_memory_bytes": available_memory(),
+        "cuda_devices": devices,
+        "cusolver_extension": "present" if extension else "not built: torch is used instead",
+        "runs_on": {
+            "merging": f"{device} (change it with --device)",
+            "factorisations": f"torch.linalg in float64 on {device}",
+            "element-wise operations": f"torch on {device}",
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

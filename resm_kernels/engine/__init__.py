@@ -1,0 +1,1 @@
+"""The streaming engine: a plan from headers alone, and the pipeline that carries it out."""

@@ -1,0 +1,93 @@
+"""How a merge is carried out, apart from what is merged."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from resm_kernels.errors import UsageError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {f"{prefix}I": 1 << (10 * i) for i, prefix in enumerate("KMGT", start=1)}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of the engine; none changes the mathematics.
+
+    Attributes
+    ----------
+    device : str
+        `auto` (a CUDA device where there is one), `cpu`, `cuda`, `cuda:1`, ...
+    workers : int or None
+        Weights merged at the same time; None is one per core on a CPU, one on a GPU.
+    threads : int
+        BLAS threads per worker. Part of the plan: sums round differently with another count.
+    memory_budget : int or None
+        Most bytes of tensors in memory at once; None is 60 % of what is available.
+    shard_size : int
+        Most bytes of tensors per output shard.
+    nonfinite : str
+        `error` stops at a NaN or Inf; `warn` keeps the base's value there and says so.
+    allow_missing : bool
+        Copy a tensor from the base where an expert lacks it.
+    allow_extra : bool
+        Leave out, by name, tensors that the base lacks.
+    """
+
+    device: str = "auto"
+    workers: int | None = None
+    threads: int = 1
+    memory_budget: int | None = None
+    shard_size: int = 5 * 10**9
+    nonfinite: Literal["error", "warn"] = "error"
+    allow_missing: bool = False
+    allow_extra: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 1), ("threads", 1), ("memory_budget", 1),
+                            ("shard_size", 1)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UsageError(f"{name}: got {value!r}, expected a whole number >= {least}")
+        if self.nonfinite not in ("error", "warn"):
+            raise UsageError(f"nonfinite: got {self.nonfinite!r}, expected error or warn")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `5GB`, `512MiB`, `2.5G` or a plain number; UsageError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
+    size = float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else 0.0
+    if not 1 <= size < 1 << 62:
+        raise UsageError(f"got size {text!r}", expected="a number of bytes such as 5GB or 512MiB")
+    return int(size)
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping, the cgroup's limit included."""
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        available = min(available, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(available, 0)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def anonymous_memory() -> int:
+    """Resident bytes of this process that are not mapped files."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))

@@ -1,0 +1,420 @@
+"""The pipeline: read, merge, write and finish, overlapped by threads under one memory ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from resm_kernels import __version__
+from resm_kernels.checkpoint.companions import companion_files
+from resm_kernels.checkpoint.files import seal, unseal
+from resm_kernels.checkpoint.journal import MANIFEST, REPORT, OutputFolder, check_output
+from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
+from resm_kernels.checkpoint.reader import TensorReader, check_stamp
+from resm_kernels.checkpoint.writer import ShardFile
+from resm_kernels.engine.options import anonymous_memory
+from resm_kernels.engine.plan import PREFETCH, MergePlan, PlannedTensor, check_disk
+from resm_kernels.engine.result import MergeReport, TensorResult
+from resm_kernels.errors import NonFiniteError, NumericsError, ResmError
+from resm_kernels.methods import METHODS, Merged, merge_weight
+
+LOG = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """What the pipeline tells about its advance; called from several threads."""
+
+    def start(self, total: int) -> None:
+        """`total` bytes will be read and written."""
+
+    def advance(self, count: int, tensor: str) -> None:
+        """`count` more bytes are done, of this tensor."""
+
+    def stop(self) -> None:
+        """The merge ended, well or not."""
+
+
+class Ledger:
+    """Admits tensors while their memory fits; one account from reading to writing."""
+
+    def __init__(self, budget: int, window: int) -> None:
+        self._budget = budget
+        self._window = window
+        self._used = 0
+        self._inside = 0
+        self._closed = False
+        self._change = threading.Condition()
+
+    def acquire(self, amount: int) -> bool:
+        """Wait until `amount` bytes fit; False once the ledger is closed."""
+        with self._change:
+            while not self._closed and (
+                self._inside >= self._window
+                or (self._inside and self._used + amount > self._budget)
+            ):
+                self._change.wait()
+            if not self._closed:
+                self._used += amount
+                self._inside += 1
+            return not self._closed
+
+    def release(self, amount: int) -> None:
+        """Give back what `acquire` took."""
+        with self._change:
+            self._used -= amount
+            self._inside -= 1
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """Admit nothing more and wake everyone who waits."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+
+
+class MemoryWatch:
+    """Samples this process's resident anonymous memory while a merge runs."""
+
+    def __init__(self, interval: float = 0.01) -> None:
+        self._interval = interval
+        self._done = threading.Event()
+        self._start = anonymous_memory()
+        self._peak = self._start
+        self._thread = threading.Thread(target=self._watch, name="resm-memory", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._interval):
+            self._peak = max(self._peak, anonymous_memory())
+
+    def stop(self) -> int:
+        """Most bytes above the level at the start."""
+        self._done.set()
+        self._thread.join()
+        return max(self._peak, anonymous_memory()) - self._start
+
+
+def run_plan(
+    plan: MergePlan,
+    output: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    extra_files: Callable[[MergeReport], Mapping[str, bytes]] | None = None,
+) -> MergeReport:
+    """Carry out a plan: afterwards `output` is complete, or it does not exist.
+
+    Parameters
+    ----------
+    output : Path
+        Must not exist, or be empty. Built in `OUTPUT.partial` and renamed at the end.
+    resume : bool
+        Keep the shards that an interrupted run of the same plan finished.
+    extra_files : callable, optional
+        Further small files of the output, from the finished report; must not depend on time.
+
+    Raises
+    ------
+    ResmError
+        One clear error; `OUTPUT.partial` stays if it holds finished shards, for `resume`.
+    """
+    inputs = [checkpoint.folder for checkpoint in (plan.base, *plan.experts)]
+    check_output(output, inputs, resume=resume)
+    check_disk(plan, output, kept=[layout.name for layout in plan.layouts] if resume else ())
+    started = time.perf_counter()
+    report = _empty_report(plan, output)
+    folder = OutputFolder(output, plan.plan_id)
+    try:
+        if folder.is_finished():
+            verify_folder(folder.path)
+            earlier = MergeReport.from_dict(unseal(folder.path / REPORT))
+            folder.finish({})
+            LOG.info("%s was complete but for its name", output)
+            return earlier
+        folder.verify_kept(plan.layouts)
+        check_disk(plan, output, kept=folder.kept)
+        companions = companion_files(plan.base, plan.recipe.out_dtype)
+        watch = MemoryWatch()
+        try:
+            _Run(plan, folder, report, progress).run()
+        finally:
+            report.peak_memory = watch.stop()
+        _check_inputs_unchanged(plan)
+        report.seconds = time.perf_counter() - started
+        files = dict(companions)
+        files.update(index_file(plan.layouts))
+        files.update(extra_files(report) if extra_files else {})
+        sealed = seal(report.to_dict())
+        files[MANIFEST] = build_manifest(
+            plan_id=plan.plan_id,
+            recipe=plan.recipe.to_dict(),
+            inputs=[(c.reference, c.digest) for c in (plan.base, *plan.experts)],
+            layouts=plan.layouts,
+            shards=folder.kept,
+            facts={name: result.facts() for name, result in report.tensors.items()},
+            files=files,
+        )
+        folder.finish({REPORT: sealed, **files})
+        return report
+    except BaseException:
+        if folder.discard_if_empty():
+            LOG.debug("nothing was finished: %s removed", folder.path)
+        else:
+            LOG.warning("%d finished shards stay in %s: resume to go on", len(folder.kept),
+                        folder.path)  # fmt: skip
+        raise
+    finally:
+        folder.close()
+
+
+class _Run:
+    """One execution of a plan; threads come and go with `run`."""
+
+    def __init__(
+        self, plan: MergePlan, folder: OutputFolder, report: MergeReport, progress: Progress | None
+    ) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.report = report
+        self.progress = progress
+        self.reader = TensorReader()
+        self.ledger = Ledger(plan.memory_budget, plan.workers + PREFETCH)
+        self.shards: dict[int, ShardFile] = {}
+        self.results: dict[str, TensorResult] = {}
+        self.error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._busy = dict.fromkeys(("read", "compute", "write", "finish"), 0.0)
+        self._stages = {
+            "read": ThreadPoolExecutor(2, "resm-read"),
+            "compute": ThreadPoolExecutor(
+                plan.workers, "resm-compute", torch.set_num_threads, (plan.options.threads,)
+            ),
+            "write": ThreadPoolExecutor(1, "resm-write"),
+            "finish": ThreadPoolExecutor(1, "resm-finish"),
+        }
+
+    def run(self) -> None:
+        """Push every unfinished tensor through the stages, in plan order."""
+        kept = self.folder.kept
+        pending = [t for t in self.plan.tensors if self._shard_name(t) not in kept]
+        self.report.kept_shards = len(kept)
+        threads = torch.get_num_threads()
+        if self.progress:
+            self.progress.start(sum(t.held_bytes for t in pending))
+        try:
+            for tensor in pending:
+                if not self.ledger.acquire(tensor.memory):
+                    break
+                self._submit("read", self._read, tensor)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            for stage in self._stages.values():
+                stage.shutdown(wait=True, cancel_futures=self.error is not None)
+            torch.set_num_threads(threads)
+            for shard in self.shards.values():
+                shard.close()
+            if self.progress:
+                self.progress.stop()
+        if self.error is not None:
+            raise self.error
+        self._collect(pending)
+
+    def _submit(
+        self, stage: str, work: Callable[..., None], tensor: PlannedTensor, *rest: object
+    ) -> None:
+        def guarded() -> None:
+            if self.error is not None:
+                return
+            start = time.perf_counter()
+            try:
+                work(tensor, *rest)
+            except BaseException as error:
+                self._fail(error)
+            finally:
+                with self._lock:
+                    self._busy[stage] += time.perf_counter() - start
+
+        with contextlib.suppress(RuntimeError):  # a stage that was shut down after a failure
+            self._stages[stage].submit(guarded)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            if self.error is None:
+                self.error = error
+        self.ledger.close()
+
+    def _read(self, tensor: PlannedTensor) -> None:
+        inputs = [self.reader.read(source.file, source.info) for source in tensor.sources]
+        if self.progress:
+            self.progress.advance(tensor.read_bytes, tensor.name)
+        self._submit("compute", self._compute, tensor, inputs)
+
+    def _compute(self, tensor: PlannedTensor, inputs: list[torch.Tensor]) -> None:
+        start = time.perf_counter()
+        merged = merge_planned(self.plan, tensor, inputs)
+        inputs.clear()
+        self.results[tensor.name] = TensorResult(
+            name=tensor.name,
+            rule=merged.rule,
+            reason=tensor.reason,
+            shape=tensor.slot.shape,
+            ranks=merged.ranks,
+            weights=merged.weights,
+            outlier_scores=merged.outlier_scores,
+            sparsity=merged.sparsity,
+            backends=merged.backends,
+            notes=merged.notes,
+            seconds=time.perf_counter() - start,
+        )
+        self._submit("write", self._write, tensor, merged.tensor)
+
+    def _write(self, tensor: PlannedTensor, merged: torch.Tensor) -> None:
+        shard = self.shards.get(tensor.shard)
+        if shard is None:
+            layout = self.plan.layouts[tensor.shard]
+            shard = self.shards[tensor.shard] = ShardFile(self.folder.path, layout)
+        complete = shard.write(tensor.slot, merged)
+        self.ledger.release(tensor.memory)
+        if self.progress:
+            self.progress.advance(tensor.held_bytes - tensor.read_bytes, tensor.name)
+        if complete:
+            self._submit("finish", self._finish, tensor, shard)
+
+    def _finish(self, tensor: PlannedTensor, shard: ShardFile) -> None:
+        digest = shard.finish()
+        del self.shards[tensor.shard]
+        results = {slot.name: asdict(self.results[slot.name]) for slot in shard.layout.slots}
+        self.folder.shard_done(shard.layout.name, digest, shard.digests, results)
+
+    def _collect(self, pending: Sequence[PlannedTensor]) -> None:
+        report = self.report
+        for entry in self.folder.kept.values():
+            for name, content in entry["results"].items():
+                self.results.setdefault(name, TensorResult.from_dict(content))
+        report.tensors = {t.name: self.results[t.name] for t in self.plan.tensors}
+        report.stage_seconds = {stage: round(busy, 6) for stage, busy in self._busy.items()}
+        report.read_bytes = sum(t.read_bytes for t in pending)
+        report.written_bytes = sum(t.held_bytes - t.read_bytes for t in pending)
+
+    def _shard_name(self, tensor: PlannedTensor) -> str:
+        return self.plan.layouts[tensor.shard].name
+
+
+def merge_planned(plan: MergePlan, tensor: PlannedTensor, inputs: list[torch.Tensor]) -> Merged:
+    """Merge one planned tensor from its `sources`; the result lies on the CPU."""
+    out_dtype = tensor.slot.dtype.torch
+    if tensor.rule == "copy":
+        return Merged(inputs[0].to(out_dtype), "copy")
+    mask, notes = _screen(plan, tensor, inputs)
+    original = inputs[0]
+    if mask is not None:
+        inputs = [value.masked_fill(mask, 0.0) for value in inputs]
+    base, *experts = [value.to(plan.device) for value in inputs]
+    if not tensor.reads_base:
+        experts = [base, *experts]
+    try:
+        merged = merge_weight(
+            METHODS[plan.recipe.method],
+            tensor.key,
+            base,
+            experts,
+            tensor.weights,
+            tensor.options,
+            out_dtype,
+        )
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericsError(
+            f"tensor {tensor.name!r}: the factorisation did not converge: {error}"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise NumericsError(
+            f"tensor {tensor.name!r}: {plan.device} is out of memory", fix="use --device cpu"
+        ) from error
+    result = merged.tensor.cpu()
+    if not _is_finite(result):
+        notes += _overflow(plan, tensor, result)
+    if mask is not None:
+        result = torch.where(mask, original.to(out_dtype), result)
+    return replace(merged, tensor=result, notes=(*merged.notes, *notes))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is finite: one reduction, no mask (a finite sum may still overflow)."""
+    return math.isfinite(float(tensor.sum(dtype=torch.float64))) or bool(
+        torch.isfinite(tensor).all()
+    )
+
+
+def _screen(
+    plan: MergePlan, tensor: PlannedTensor, inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, list[str]]:
+    """Find NaN and Inf in the inputs; the mask of positions where the base's value stays."""
+    mask: torch.Tensor | None = None
+    notes = []
+    for source, value in zip(tensor.sources, inputs, strict=True):
+        if _is_finite(value):
+            continue
+        bad = ~torch.isfinite(value)
+        count = int(bad.sum())
+        where = f"{source.info.file}: tensor {source.info.name!r}"
+        if plan.options.nonfinite == "error":
+            raise NonFiniteError(
+                f"{where}: {count} of {value.numel()} values are NaN or Inf",
+                fix="repair the checkpoint, or keep the base's values there with --nonfinite warn",
+            )
+        mask = bad if mask is None else mask | bad
+        notes.append(f"{source.info.file.name}: {count} values are NaN or Inf; the base's stay")
+        LOG.warning("%s: %d values are NaN or Inf; the base's values stay there", where, count)
+    return mask, notes
+
+
+def _overflow(plan: MergePlan, tensor: PlannedTensor, result: torch.Tensor) -> list[str]:
+    """Finite inputs whose merge does not fit the output dtype: an error, or a note."""
+    count, dtype = int((~torch.isfinite(result)).sum()), tensor.slot.dtype.name
+    if plan.options.nonfinite == "error":
+        raise NonFiniteError(
+            f"tensor {tensor.name!r}: {count} merged values do not fit {dtype}",
+            fix="choose another out_dtype (bfloat16, float32), or a smaller lambda",
+        )
+    LOG.warning("tensor %r: %d merged values do not fit %s", tensor.name, count, dtype)
+    return [f"{count} merged values overflow {dtype}"]
+
+
+def _check_inputs_unchanged(plan: MergePlan) -> None:
+    for checkpoint in (plan.base, *plan.experts):
+        for file in checkpoint.files:
+            try:
+                check_stamp(file, file.path.stat())
+            except OSError as error:
+                raise ResmError(f"{file.path}: vanished during the merge") from error
+
+
+def _empty_report(plan: MergePlan, output: Path) -> MergeReport:
+    return MergeReport(
+        output=str(output),
+        plan_id=plan.plan_id,
+        method=plan.recipe.method,
+        recipe=plan.recipe.to_dict(),
+        device=str(plan.device),
+        workers=plan.workers,
+        threads=plan.options.threads,
+        versions={
+            "resm-kernels": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        left_out=dict(plan.left_out),
+        predicted_memory=plan.peak_memory,
+    )

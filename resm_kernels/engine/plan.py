@@ -1,0 +1,443 @@
+"""The plan of a merge, from headers alone: what becomes of every tensor, and at what cost."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resm_kernels import __version__
+from resm_kernels.checkpoint.dtypes import DTYPES, OUT_DTYPES, DType
+from resm_kernels.checkpoint.files import canonical_json
+from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
+from resm_kernels.checkpoint.reader import open_checkpoint, same_data
+from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
+from resm_kernels.engine.options import EngineOptions, available_memory, usable_cores
+from resm_kernels.errors import PlanError, UsageError
+from resm_kernels.methods import METHODS
+from resm_kernels.ops.dtypes import CHUNK
+from resm_kernels.recipe import Recipe, layer_positions
+
+NUMERICS = 1
+"""Raised whenever the same plan would give other bytes."""
+PREFETCH = 2
+"""Weights read ahead of the workers."""
+MARGIN = 64 << 20
+"""Disk bytes kept free beside the shards, for the small files."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input tensor and the file it lies in."""
+
+    file: WeightFile
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What becomes of one tensor.
+
+    Attributes
+    ----------
+    rule : str
+        The method's name, `mean` (of deltas) or `copy` (from the base).
+    reason : str or None
+        Why the rule is not the method.
+    slot : Slot
+        Its place in the output shard `shard`.
+    base, experts : Source
+        Its inputs; no experts for a copy.
+    reads_base : bool
+        Whether the base's values are needed.
+    key : str
+        The name under which its parameters were looked up; tied tensors share one.
+    weights, options
+        The user's weights and the method's options for this tensor.
+    workspace : int
+        Bytes that merging may hold beyond inputs and output.
+    """
+
+    rule: str
+    reason: str | None
+    shard: int
+    slot: Slot
+    base: Source
+    experts: tuple[Source, ...]
+    reads_base: bool
+    key: str
+    weights: tuple[float, ...]
+    options: Any
+    workspace: int
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.slot.name
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is read, in order."""
+        return (self.base, *self.experts) if self.reads_base else self.experts
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the inputs."""
+        return sum(source.info.nbytes for source in self.sources)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held from reading to writing."""
+        return self.read_bytes + self.slot.stop - self.slot.start
+
+    @property
+    def memory(self) -> int:
+        """Most bytes this tensor needs at once."""
+        return self.held_bytes + self.workspace
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A whole merge, tensor by tensor, before anything is written.
+
+    Attributes
+    ----------
+    tensors : tuple of PlannedTensor
+        In the order in which they are read and merged.
+    layouts : tuple of ShardLayout
+        The output shards, headers included.
+    left_out : mapping
+        Tensors of experts that do not reach the output, with the reason.
+    plan_id : str
+        SHA-256 of everything that decides the output's bytes.
+    device : torch.device
+        Where merging happens.
+    workers, memory_budget : int
+        Resolved engine options; they do not change the bytes.
+    """
+
+    recipe: Recipe
+    options: EngineOptions
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    tensors: tuple[PlannedTensor, ...]
+    layouts: tuple[ShardLayout, ...]
+    left_out: Mapping[str, str]
+    plan_id: str
+    device: torch.device
+    workers: int
+    memory_budget: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(t.read_bytes for t in self.tensors)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of the output's shards."""
+        return sum(layout.size for layout in self.layouts)
+
+    @property
+    def peak_memory(self) -> int:
+        """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
+        window = self.workers + PREFETCH
+        peak = 0
+        for start in range(len(self.tensors)):
+            inside = self.tensors[start : start + window]
+            busy = sorted((t.workspace for t in inside), reverse=True)[: self.workers]
+            peak = max(peak, sum(t.held_bytes for t in inside) + sum(busy))
+        return min(peak, self.memory_budget)
+
+    def rules(self) -> dict[str, int]:
+        """How many tensors each rule has."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors:
+            counts[tensor.rule] = counts.get(tensor.rule, 0) + 1
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for `--dry-run --json`."""
+        return {
+            "plan_id": self.plan_id,
+            "recipe": self.recipe.to_dict(),
+            "device": str(self.device),
+            "workers": self.workers,
+            "threads": self.options.threads,
+            "rules": self.rules(),
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "peak_memory_bytes": self.peak_memory,
+            "memory_budget_bytes": self.memory_budget,
+            "shards": [{"name": s.name, "bytes": s.size} for s in self.layouts],
+            "left_out": dict(self.left_out),
+            "tensors": [
+                {
+                    "name": t.name,
+                    "shape": list(t.slot.shape),
+                    "rule": t.rule,
+                    "reason": t.reason,
+                    "dtype": t.base.info.dtype.name,
+                    "out_dtype": t.slot.dtype.name,
+                    "shard": self.layouts[t.shard].name,
+                    "offset": t.slot.start,
+                    "bytes": t.slot.stop - t.slot.start,
+                    "read_bytes": t.read_bytes,
+                    "memory_bytes": t.memory,
+                }
+                for t in self.tensors
+            ],
+        }
+
+
+def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
+    """Plan a merge; reads headers and configs, writes nothing.
+
+    Raises
+    ------
+    CheckpointError
+        Where an input cannot be found or trusted.
+    PlanError
+        Where the inputs do not fit together (every misfit is listed), or one weight needs more
+        memory than the budget.
+    """
+    base = open_checkpoint(recipe.base)
+    experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
+    for checkpoint in (base, *experts):
+        if "quantization_config" in checkpoint.config:
+            raise PlanError(
+                f"{checkpoint.reference}: quantised weights cannot be merged",
+                fix="merge the checkpoint it was made from, or dequantise it first",
+            )
+    device = _device(options.device)
+    matching = _Matching(base, experts, options)
+    decisions = matching.decide()
+    out_dtype = DTYPES[OUT_DTYPES[recipe.out_dtype]] if recipe.out_dtype else None
+
+    def written(info: TensorInfo) -> DType:
+        return out_dtype if out_dtype is not None and info.dtype.mergeable else info.dtype
+
+    metadata = {a: k for a, k in base.aliases.items() if a not in base.tensors}
+    layouts = lay_out_shards(
+        [(n, written(base.tensors[n]), base.tensors[n].shape) for n in decisions],
+        options.shard_size,
+        metadata,
+    )
+    method = METHODS[recipe.method]
+    positions = layer_positions(decisions)
+    tensors = []
+    for shard, layout in enumerate(layouts):
+        for slot in layout.slots:
+            reason, sources = decisions[slot.name]
+            key = matching.canonical(slot.name)
+            settings = recipe.options(key, positions[key])
+            rule, workspace = "copy", 4 * CHUNK
+            if sources:
+                reason = method.declines(key, slot.shape, len(sources), settings)
+                rule = recipe.method if reason is None else "mean"
+                wide = any(s.info.dtype.name == "F64" for s in sources)
+                if reason is None:
+                    workspace = method.workspace(slot.shape, len(sources), 8 if wide else 4)
+            tensors.append(
+                PlannedTensor(
+                    rule=rule,
+                    reason=reason,
+                    shard=shard,
+                    slot=slot,
+                    base=matching.source(base, slot.name),
+                    experts=sources,
+                    reads_base=method.uses_base or not sources or options.nonfinite == "warn",
+                    key=key,
+                    weights=recipe.weights(key, positions[key]),
+                    options=settings,
+                    workspace=workspace,
+                )
+            )
+
+    budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
+    largest = max(tensors, key=lambda t: t.memory)
+    if largest.memory > budget:
+        raise PlanError(
+            f"tensor {largest.name!r} {list(largest.slot.shape)} needs more memory than allowed",
+            got=f"{largest.memory:,} bytes, of which {largest.workspace:,} to factor it",
+            expected=f"at most {budget:,} bytes",
+            fix="raise --memory-budget, or merge on a machine with more memory",
+        )
+    identity = {
+        "numerics": NUMERICS,
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        "threads": options.threads,
+        "recipe": recipe.to_dict(),
+        "inputs": [checkpoint.digest for checkpoint in (base, *experts)],
+        "shards": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],
+        "missing": sorted(n for n, (reason, s) in decisions.items() if reason and not s),
+    }
+    return MergePlan(
+        recipe=recipe,
+        options=options,
+        base=base,
+        experts=experts,
+        tensors=tuple(tensors),
+        layouts=tuple(layouts),
+        left_out=matching.left_out,
+        plan_id=hashlib.sha256(canonical_json(identity)).hexdigest(),
+        device=device,
+        workers=options.workers or (usable_cores() if device.type == "cpu" else 1),
+        memory_budget=budget,
+    )
+
+
+def check_disk(plan: MergePlan, output: Path, kept: Iterable[str] = ()) -> None:
+    """Raise PlanError where the output would not fit on its disk; `kept` shards are there."""
+    kept = set(kept)
+    needed = sum(layout.size for layout in plan.layouts if layout.name not in kept) + MARGIN
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise PlanError(
+            f"{output.parent}: not enough disk space for the output",
+            got=f"{free:,} bytes free",
+            expected=f"{needed:,}",
+            fix="free space, or choose another folder",
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: got {name!r}", expected="auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device: {name} is not there",
+            got=f"{torch.cuda.device_count()} CUDA devices",
+            fix="use --device cpu",
+        )
+    return device
+
+
+class _Matching:
+    """Matches tensors across checkpoints; every misfit is collected and reported together."""
+
+    def __init__(
+        self, base: Checkpoint, experts: Sequence[Checkpoint], options: EngineOptions
+    ) -> None:
+        self.base = base
+        self.experts = experts
+        self.options = options
+        self.left_out: dict[str, str] = {}
+        self._home = {
+            id(c): {name: f for f in c.files for name in f.tensors} for c in (base, *experts)
+        }
+        self._ties = {id(c): {**self._equal_tables(c), **c.aliases} for c in (base, *experts)}
+        self._misfits: list[str] = []
+
+    def canonical(self, name: str) -> str:
+        """The name under which a tied tensor's parameters are looked up, so that it stays tied."""
+        return self._ties[id(self.base)].get(name, name)
+
+    def source(self, checkpoint: Checkpoint, name: str) -> Source:
+        """An input tensor with its file."""
+        return Source(self._home[id(checkpoint)][name], checkpoint.tensors[name])
+
+    def decide(self) -> dict[str, tuple[str | None, tuple[Source, ...]]]:
+        """For every output tensor: why it is copied, or the experts' tensors to merge."""
+        decisions = {name: self._decide_one(name, info) for name, info in self.base.tensors.items()}
+        for expert in self.experts:
+            self._judge_extra(expert)
+        if not self.base.tensors:
+            self._misfits.append(f"{self.base.reference}: the base holds no tensors")
+        if self._misfits:
+            shown = self._misfits[:20]
+            if len(self._misfits) > len(shown):
+                shown.append(f"and {len(self._misfits) - len(shown)} more")
+            raise PlanError(
+                "\n".join(["the inputs do not fit together:", *(f"  - {m}" for m in shown)])
+            )
+        return decisions
+
+    def _decide_one(self, name: str, info: TensorInfo) -> tuple[str | None, tuple[Source, ...]]:
+        if info.dtype.opaque:
+            self._misfits.append(
+                f"{name}: {info.dtype.name} weights of {self.base.reference} cannot be merged; "
+                "dequantise them first"
+            )
+            return None, ()
+        if not info.dtype.mergeable:
+            return f"{info.dtype.name} tensor of the base", ()
+        sources, absent = [], []
+        for expert in self.experts:
+            source = self._find(expert, name)
+            if source is None:
+                absent.append(expert.reference)
+                continue
+            if source.info.shape != info.shape:
+                self._misfits.append(
+                    f"{name}: shape {list(source.info.shape)} in {expert.reference}, "
+                    f"{list(info.shape)} in the base"
+                )
+            elif not source.info.dtype.mergeable:
+                self._misfits.append(
+                    f"{name}: {source.info.dtype.name} in {expert.reference}, "
+                    f"{info.dtype.name} in the base"
+                )
+            sources.append(source)
+        if not absent:
+            return None, tuple(sources)
+        if not self.options.allow_missing:
+            self._misfits.append(
+                f"{name}: missing from {', '.join(absent)} (--allow-missing copies the base's)"
+            )
+        return f"missing from {', '.join(absent)}", ()
+
+    def _find(self, checkpoint: Checkpoint, name: str) -> Source | None:
+        """A tensor by its name, or by the one it is tied to, here or in the base."""
+        for ties in ({name: name}, self._ties[id(checkpoint)], self._ties[id(self.base)]):
+            if ties.get(name) in checkpoint.tensors:
+                return self.source(checkpoint, ties[name])
+        return None
+
+    def _judge_extra(self, expert: Checkpoint) -> None:
+        for name in expert.tensors:
+            if name in self.base.tensors:
+                continue
+            tied = self._ties[id(expert)].get(name)
+            if tied in self.base.tensors:
+                self.left_out[f"{expert.reference}: {name}"] = f"tied to {tied}"
+            elif self.options.allow_extra:
+                self.left_out[f"{expert.reference}: {name}"] = "not in the base"
+            else:
+                self._misfits.append(
+                    f"{name}: in {expert.reference}, not in the base (--allow-extra leaves it out)"
+                )
+
+    def _equal_tables(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Vocabulary tables stored twice under a config that ties them: read and compared."""
+        config = checkpoint.config
+        if not config.get("tie_word_embeddings", False):
+            return {}
+        text = config.get("text_config")
+        sizes = [config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else 0]
+        tables = [
+            t for t in checkpoint.tensors.values() if len(t.shape) == 2 and t.shape[0] in sizes
+        ]
+        ties: dict[str, str] = {}
+        for i, table in enumerate(tables):
+            for other in tables[:i]:
+                if other.name in ties or (table.shape, table.dtype) != (other.shape, other.dtype):
+                    continue
+                pair = [self.source(checkpoint, t.name) for t in (table, other)]
+                if same_data(*[(s.file, s.info) for s in pair]):
+                    ties[table.name] = other.name
+                    break
+        return ties

@@ -1,0 +1,118 @@
+"""What a merge did, tensor by tensor and in all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """What was done to one tensor.
+
+    Attributes
+    ----------
+    rule, reason : str
+        As in `PlannedTensor`.
+    ranks, weights, outlier_scores : tuple
+        Per expert; empty where they have no meaning.
+    sparsity : float or None
+        Share of entries at or below the noise floor, mean over experts.
+    backends, notes : tuple of str
+        Factorisations that ran; every clamp, fallback and warning, in words.
+    seconds : float
+        Compute time, in seconds of one worker.
+    """
+
+    name: str
+    rule: str
+    reason: str | None
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    outlier_scores: tuple[float, ...] = ()
+    sparsity: float | None = None
+    backends: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """The fields that are the same in every run of one plan; empty ones left out."""
+        content = {k: v for k, v in asdict(self).items() if v not in ((), None)}
+        content.pop("seconds")
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TensorResult:
+        """Read what `asdict` and a round through JSON made of a result."""
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in content.items()
+        }
+        return cls(**values)
+
+
+@dataclass
+class MergeReport:
+    """What a merge did.
+
+    Attributes
+    ----------
+    output : str
+        The finished folder.
+    tensors : dict
+        Results by tensor name, in output order.
+    seconds : float
+        Wall time, in seconds.
+    stage_seconds : dict
+        Busy time of `read`, `compute`, `write` and `finish`, over all their threads.
+    read_bytes, written_bytes : int
+        Moved by this run; a resumed run moves only what was unfinished.
+    kept_shards : int
+        Shards taken over from an interrupted run.
+    peak_memory, predicted_memory : int
+        Most resident bytes that are not mapped files, above the level before the merge, and the
+        plan's prediction.
+    """
+
+    output: str
+    plan_id: str
+    method: str
+    recipe: dict[str, Any]
+    device: str
+    workers: int
+    threads: int
+    versions: dict[str, str]
+    left_out: dict[str, str]
+    tensors: dict[str, TensorResult] = field(default_factory=dict)
+    seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    read_bytes: int = 0
+    written_bytes: int = 0
+    kept_shards: int = 0
+    peak_memory: int = 0
+    predicted_memory: int = 0
+
+    @property
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        """Clamps, fallbacks and warnings by tensor."""
+        return {name: result.notes for name, result in self.tensors.items() if result.notes}
+
+    @property
+    def rules(self) -> dict[str, int]:
+        """How many tensors each rule has."""
+        counts: dict[str, int] = {}
+        for result in self.tensors.values():
+            counts[result.rule] = counts.get(result.rule, 0) + 1
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**asdict(self), "rules": self.rules}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> MergeReport:
+        """Read what `to_dict` and a round through JSON made of a report."""
+        values = {k: v for k, v in content.items() if k != "rules"}
+        tensors = {k: TensorResult.from_dict(v) for k, v in values.pop("tensors").items()}
+        return cls(**values, tensors=tensors)

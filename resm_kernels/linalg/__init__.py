@@ -1,0 +1,16 @@
+"""Leading subspaces of deltas, polar factors of their concatenation, and what they merge to."""
+
+from resm_kernels.linalg.polar import PolarFactor, polar_factor
+from resm_kernels.linalg.spectral import SpectralMerge, equalise, spectral_merge
+from resm_kernels.linalg.subspace import Subspace, leading_subspaces, numerical_rank
+
+__all__ = [
+    "PolarFactor",
+    "SpectralMerge",
+    "Subspace",
+    "equalise",
+    "leading_subspaces",
+    "numerical_rank",
+    "polar_factor",
+    "spectral_merge",
+]

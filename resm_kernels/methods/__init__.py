@@ -1,0 +1,61 @@
+"""Merge methods: the mathematics of one weight, a file per family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from resm_kernels.errors import UsageError
+from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_deltas
+from resm_kernels.methods.base import Merged, Method, Option
+from resm_kernels.methods.spectral import ISO_C, RESM, TSVM
+
+__all__ = ["METHODS", "Merged", "Method", "Option", "find_method", "merge_weight"]
+
+METHODS: dict[str, Method[Any]] = {
+    method.name: method for method in (LINEAR, TASK_ARITHMETIC, TSVM, ISO_C, RESM)
+}
+
+
+def find_method(name: str) -> Method[Any]:
+    """Return a method by name; UsageError names the nearest one."""
+    if name in METHODS:
+        return METHODS[name]
+    near = get_close_matches(name, METHODS, n=1)
+    raise UsageError(
+        f"unknown merge method {name!r}",
+        expected=f"one of {', '.join(METHODS)}",
+        fix=f"did you mean {near[0]!r}?" if near else None,
+    )
+
+
+def merge_weight(
+    method: Method[Any],
+    name: str,
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    options: Any,
+    out_dtype: torch.dtype,
+) -> Merged:
+    """Merge one weight by a method, or by the mean of deltas where the method declines it.
+
+    Parameters
+    ----------
+    name : str
+        The weight's name; only its `exclude` patterns look at it.
+    base, experts : Tensor
+        One shape, any float dtypes, finite, one device.
+    weights : sequence of float
+        One per expert; 1 is neutral.
+    options
+        An instance of `method.options`.
+    out_dtype : torch.dtype
+        Dtype of the result.
+    """
+    if method.declines(name, base.shape, len(experts), options) is not None:
+        return mean_of_deltas(base, experts, weights, options.lambda_, out_dtype)
+    return method.merge(base, experts, weights, options, out_dtype)

@@ -1,0 +1,186 @@
+"""What a merge method is: typed options, the rule for which weights it treats, and its mathematics.
+
+A method sees ONE weight (base and experts of one shape) on whatever device it lies; it opens no
+file and knows no checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+
+from resm_kernels.errors import UsageError
+
+Value = bool | int | float | str | tuple[str, ...]
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One parameter of a method, as users write it in a recipe."""
+
+    name: str
+    kind: type
+    default: Value
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+    def check(self, value: object) -> Value:
+        """Return the value in its own type, or raise ValueError saying what is allowed."""
+        if self.kind is tuple:
+            items = (value,) if isinstance(value, str) else value
+            if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+                return tuple(items)
+            raise ValueError(f"got {value!r}, expected a list of name patterns")
+        if self.kind is str:
+            if value in self.choices:
+                return str(value)
+            raise ValueError(f"got {value!r}, expected one of {', '.join(self.choices)}")
+        if self.kind is bool:
+            if isinstance(value, bool):
+                return value
+            raise ValueError(f"got {value!r}, expected true or false")
+        return self._check_number(value)
+
+    def _check_number(self, value: object) -> float:
+        try:
+            number = float(value) if isinstance(value, int | float | str) else None
+        except ValueError:
+            number = None
+        if number is None or isinstance(value, bool):
+            raise ValueError(f"got {value!r}, expected a number")
+        low = float("-inf") if self.low is None else self.low
+        high = float("inf") if self.high is None else self.high
+        if not (low <= number <= high) or number in (float("inf"), float("-inf")):
+            bounds = [f">= {low:g}"] * (self.low is not None)
+            bounds += [f"<= {high:g}"] * (self.high is not None)
+            raise ValueError(f"got {value!r}, expected a number {' and '.join(bounds) or 'finite'}")
+        return number
+
+
+def option(
+    default: Value, help: str, *, low: float | None = None, high: float | None = None
+) -> Any:
+    """Declare an option as a dataclass field; its name and type come from the annotation."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def option_specs(options: type[Any]) -> dict[str, Option]:
+    """The options of a method by the name that users write (`lambda_` is written `lambda`)."""
+    hints = typing.get_type_hints(options)
+    specs = {}
+    for f in dataclasses.fields(options):
+        hint = hints[f.name]
+        literal = typing.get_origin(hint) is Literal
+        kind = str if literal else tuple if typing.get_origin(hint) is tuple else hint
+        choices = typing.get_args(hint) if literal else ()
+        name = f.name.rstrip("_")
+        default: Any = f.default
+        specs[name] = Option(
+            name, kind, default, f.metadata["help"], choices, f.metadata["low"], f.metadata["high"]
+        )
+    return specs
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged weight and what was done to get it.
+
+    Attributes
+    ----------
+    tensor : Tensor
+        The base's shape, the asked-for dtype.
+    rule : str
+        The method that ran: the one asked for, or `mean` where it does not treat this weight.
+    ranks, weights, outlier_scores : tuple
+        Per expert; empty where they have no meaning.
+    sparsity : float or None
+        Mean share of entries at or below the noise floor.
+    backends : tuple of str
+        Factorisation backends that ran.
+    notes : tuple of str
+        Every clamp and fallback, in words.
+    """
+
+    tensor: torch.Tensor
+    rule: str
+    ranks: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    outlier_scores: tuple[float, ...] = ()
+    sparsity: float | None = None
+    backends: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method(Generic[OptionsT]):
+    """A merge method: pure functions over one weight.
+
+    Attributes
+    ----------
+    name, summary, formula, source : str
+        For people.
+    options : dataclass type
+        Fields declared with `option`.
+    merge : callable
+        (base, experts, weights, options, out_dtype) -> Merged.
+    declines : callable
+        (name, shape, experts, options) -> the reason why a weight gets the mean of deltas
+        instead, or None.
+    workspace : callable
+        (shape, experts, itemsize of the compute dtype) -> bytes that `merge` may hold beyond its
+        inputs and its output.
+    uses_base : bool
+        Whether the base's values enter the result.
+    """
+
+    name: str
+    summary: str
+    formula: str
+    source: str
+    options: type[OptionsT]
+    merge: Callable[
+        [torch.Tensor, Sequence[torch.Tensor], Sequence[float], OptionsT, torch.dtype], Merged
+    ]
+    workspace: Callable[[Sequence[int], int, int], int]
+    declines: Callable[[str, Sequence[int], int, OptionsT], str | None]
+    uses_base: bool = True
+
+    @property
+    def specs(self) -> dict[str, Option]:
+        """Options by the name that users write."""
+        return option_specs(self.options)
+
+    def make_options(self, values: Mapping[str, object]) -> OptionsT:
+        """Build checked options from user-written names; UsageError names every mistake."""
+        specs, checked, mistakes = self.specs, {}, []
+        for name, value in values.items():
+            if name not in specs:
+                mistakes.append(f"{name}: unknown; {self.name} has {', '.join(specs) or 'none'}")
+                continue
+            try:
+                checked[name] = specs[name].check(value)
+            except ValueError as error:
+                mistakes.append(f"{name}: {error}")
+        if mistakes:
+            raise UsageError(f"parameters of {self.name}: " + "; ".join(mistakes))
+        fields = {f.name.rstrip("_"): f.name for f in dataclasses.fields(self.options)}  # type: ignore[arg-type]
+        return self.options(**{fields[name]: value for name, value in checked.items()})
+
+
+def never_declines(name: str, shape: Sequence[int], experts: int, options: object) -> None:
+    """For methods that treat every weight alike."""
+    return None
+
+
+def matches(name: str, patterns: Sequence[str]) -> str | None:
+    """The first shell-style pattern that a tensor name matches, or None."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)

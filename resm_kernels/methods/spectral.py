@@ -1,0 +1,257 @@
+"""Singular-vector merging: TSV-M, RESM and Iso-C."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from resm_kernels.linalg import SpectralMerge, equalise, leading_subspaces, spectral_merge
+from resm_kernels.methods.base import Merged, Method, matches, option
+from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
+from resm_kernels.ops.low_rank import add_low_rank
+from resm_kernels.ops.mask import masked_delta
+
+EXCLUDE = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*", "shared.weight")
+"""Vocabulary and position tables, and norms: matrices in shape, but not linear maps."""
+
+
+@dataclass(frozen=True)
+class SpectralOptions:
+    """Options that every spectral method has."""
+
+    lambda_: float = option(1.0, "merge coefficient that multiplies the merged delta")
+    exclude: tuple[str, ...] = option(
+        EXCLUDE, "name patterns of 2-D weights that get the mean of deltas; [] for none"
+    )
+
+
+@dataclass(frozen=True)
+class ResmOptions(SpectralOptions):
+    """Options of `resm`; the defaults of beta, sigma, eta and gamma await the quality benchmark."""
+
+    outlier_score: Literal["share", "mass", "count"] = option(
+        "share", "share: outlier mass over all mass; mass: outlier mass; count: outlier entries"
+    )
+    sigma: float = option(3.0, "an outlier is this many standard deviations above the mean", low=0)
+    outlier_power: float = option(1.0, "beta in w_t ~ o_t^beta; 0 turns outlier weighting off")
+    noise_floor: float = option(0.1, "eta: entries at or below eta * rms count as sparse", low=0)
+    mask_noise: bool = option(False, "set entries below the noise floor to zero before factoring")
+    rank: Literal["sparsity", "energy", "fixed"] = option(
+        "sparsity", "how the rank is chosen, never above min(m, n) / T"
+    )
+    rank_sparsity: float = option(
+        1.0, "gamma in rank = p/T * (1 - gamma * s); 0 turns rank selection off", low=0, high=1
+    )
+    rank_energy: float = option(0.95, "rank: energy keeps this share of ||D_t||_F^2", low=0, high=1)
+    rank_fraction: float = option(1.0, "rank: fixed keeps this share of p/T", low=0, high=1)
+
+
+def spectral_declines(
+    name: str, shape: Sequence[int], experts: int, options: SpectralOptions
+) -> str | None:
+    """Why a weight gets the mean of deltas instead of a spectral merge, or None."""
+    if len(shape) != 2:
+        return f"{len(shape)}-D"
+    if pattern := matches(name, options.exclude):
+        return f"excluded by {pattern}"
+    if min(shape) < experts:
+        return f"shorter side {min(shape)} < {experts} experts"
+    return None
+
+
+def spectral_workspace(shape: Sequence[int], experts: int, itemsize: int) -> int:
+    """Bytes that a spectral merge holds at its peak, beyond inputs and output.
+
+    Per expert: the delta in the compute dtype and in float64, the Gram matrix with LAPACK's
+    divide-and-conquer workspace, and the finished factors; then the panels and their polar
+    factors. The larger of the two phases counts, the float64 SVD step-up included in neither.
+    """
+    rows, columns = shape
+    p, longest = min(rows, columns), max(rows, columns)
+    total_rank = p // experts * experts
+    factors = 8 * (rows + columns) * total_rank
+    factoring = (itemsize + 2 * 8) * rows * columns + 8 * 6 * p * p + factors
+    combining = 2 * factors + 8 * (longest * total_rank + 6 * total_rank * total_rank)
+    rebuilding = (
+        factors + (itemsize * (rows + columns) + 8 * 0) * total_rank + itemsize * 3 * (1 << 22)
+    )
+    return max(factoring, combining, rebuilding)
+
+
+def _tsvm(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    options: SpectralOptions,
+    out_dtype: torch.dtype,
+) -> Merged:
+    limit = min(base.shape) // len(experts)
+    return _merge_subspaces(
+        base, experts, weights, [limit] * len(experts), options.lambda_, out_dtype, rule="tsvm"
+    )
+
+
+def _resm(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    options: ResmOptions,
+    out_dtype: torch.dtype,
+) -> Merged:
+    count = len(experts)
+    limit = min(base.shape) // count
+    stats = [
+        delta_stats(base, expert, sigma=options.sigma, noise_floor=options.noise_floor)
+        for expert in experts
+    ]
+    scores = [_outlier_score(s, options.outlier_score) for s in stats]
+    outlier_weights = outlier_weighting(scores, options.outlier_power)
+    sparsity = sum(s.sparsity for s in stats) / count
+    rank = limit
+    if options.rank == "sparsity":
+        rank = sparse_rank(min(base.shape), count, sparsity, options.rank_sparsity)
+    elif options.rank == "fixed":
+        rank = max(1, round(limit * options.rank_fraction))
+    merged = _merge_subspaces(
+        base,
+        experts,
+        [weight * user for weight, user in zip(outlier_weights, weights, strict=True)],
+        [rank] * count,
+        options.lambda_,
+        out_dtype,
+        rule="resm",
+        energy=options.rank_energy if options.rank == "energy" else None,
+        floors=[s.floor for s in stats] if options.mask_noise else None,
+    )
+    return replace(merged, outlier_scores=tuple(scores), sparsity=sparsity)
+
+
+def _iso_c(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    options: SpectralOptions,
+    out_dtype: torch.dtype,
+) -> Merged:
+    total = torch.zeros(base.shape, dtype=torch.float64, device=base.device)
+    for expert, weight in zip(experts, weights, strict=True):
+        total.add_(masked_delta(base, expert), alpha=weight)
+    merge, rank = equalise(total)
+    return Merged(
+        add_low_rank(base, merge.left, merge.right, scale=options.lambda_, out_dtype=out_dtype),
+        "iso_c",
+        ranks=(rank,),
+        weights=tuple(weights),
+        backends=merge.backends,
+        notes=_null_note(merge),
+    )
+
+
+def outlier_weighting(scores: Sequence[float], power: float) -> list[float]:
+    """w_t = T * o_t^beta / sum_j o_j^beta: weights that sum to T.
+
+    All 1 where every score is 0, or `power` is 0. With a negative power an expert without
+    outliers takes the limit of the formula: experts of score 0 share the whole weight.
+    """
+    count = len(scores)
+    largest = max(scores)
+    if power == 0.0 or largest == 0.0:
+        return [1.0] * count
+    if power < 0.0 and min(scores) == 0.0:
+        powered = [1.0 if score == 0.0 else 0.0 for score in scores]
+    else:
+        powered = [(score / largest) ** power for score in scores]
+    return [count * value / sum(powered) for value in powered]
+
+
+def sparse_rank(p: int, experts: int, sparsity: float, gamma: float) -> int:
+    """clamp(round(p/T * (1 - gamma * s)), 1, floor(p/T)); floor(p/T) where gamma is 0."""
+    return max(1, min(p // experts, round(p / experts * (1.0 - gamma * sparsity))))
+
+
+def _outlier_score(stats: DeltaStats, kind: str) -> float:
+    if kind == "mass":
+        return stats.outlier_mass
+    if kind == "count":
+        return float(stats.outlier_count)
+    return stats.outlier_share
+
+
+def _merge_subspaces(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    ranks: Sequence[int],
+    scale: float,
+    out_dtype: torch.dtype,
+    *,
+    rule: str,
+    energy: float | None = None,
+    floors: Sequence[float] | None = None,
+) -> Merged:
+    subspaces = [
+        leading_subspaces(
+            masked_delta(base, expert, floor=None if floors is None else floors[t]),
+            ranks[t],
+            energy=energy,
+        )
+        for t, expert in enumerate(experts)
+    ]
+    merge = spectral_merge(subspaces, weights)
+    notes = [
+        f"expert {t + 1}: rank clamped from {ranks[t]} to its numerical rank {s.rank}"
+        for t, s in enumerate(subspaces)
+        if s.numerical_rank < ranks[t]
+    ]
+    return Merged(
+        add_low_rank(base, merge.left, merge.right, scale=scale, out_dtype=out_dtype),
+        rule,
+        ranks=tuple(s.rank for s in subspaces),
+        weights=tuple(weights),
+        backends=merge.backends,
+        notes=(*notes, *_null_note(merge)),
+    )
+
+
+def _null_note(merge: SpectralMerge) -> tuple[str, ...]:
+    if not merge.null_directions:
+        return ()
+    return (f"{merge.null_directions} null directions left at zero",)
+
+
+TSVM = Method(
+    name="tsvm",
+    summary="task singular vectors: truncate every delta, orthogonalise across experts",
+    formula="W_0 + lambda * polar(U) diag(S_t) polar(V)^T, leading floor(p/T) triplets each",
+    source="TSV-M, arXiv 2412.00081",
+    options=SpectralOptions,
+    merge=_tsvm,
+    workspace=spectral_workspace,
+    declines=spectral_declines,
+)
+
+RESM = Method(
+    name="resm",
+    summary="TSV-M with outlier weighting and sparsity-aware rank selection",
+    formula="W_0 + lambda * polar(U) diag(w_t S_t) polar(V)^T, w_t ~ outlier_t^beta, "
+    "rank p/T * (1 - gamma s)",
+    source="our reconstruction of RESM, arXiv 2502.06876",
+    options=ResmOptions,
+    merge=_resm,
+    workspace=spectral_workspace,
+    declines=spectral_declines,
+)
+
+ISO_C = Method(
+    name="iso_c",
+    summary="isotropic merging: the summed delta with all singular values made equal",
+    formula="W_0 + lambda * mean(sigma) * polar(sum_t w_t D_t)",
+    source="Iso-C, arXiv 2502.04959",
+    options=SpectralOptions,
+    merge=_iso_c,
+    workspace=spectral_workspace,
+    declines=spectral_declines,
+)

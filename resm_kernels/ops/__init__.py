@@ -1,0 +1,1 @@
+"""Element-wise and reconstruction kernels; a folder per op, `reference.py` in plain torch."""

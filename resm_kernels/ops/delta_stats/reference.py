@@ -1,0 +1,102 @@
+"""Statistics of |W_t - W_0| in plain torch: two chunked passes, no delta in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from resm_kernels.ops.dtypes import chunks, compute_dtype
+
+
+@dataclass(frozen=True)
+class DeltaStats:
+    """Statistics of A = |W_t - W_0| over all entries of one weight.
+
+    `threshold` is mu + sigma * sd of A; an entry above it is an outlier. `floor` is
+    noise_floor * rms; an entry at or below it is sparse. Sums are float64.
+    """
+
+    count: int
+    abs_sum: float
+    square_sum: float
+    maximum: float
+    zero_count: int
+    threshold: float
+    outlier_mass: float
+    outlier_count: int
+    floor: float
+    sparse_count: int
+
+    @property
+    def outlier_share(self) -> float:
+        """Share of the absolute mass that lies in outliers, in [0, 1]; 0 for a zero delta."""
+        return self.outlier_mass / self.abs_sum if self.abs_sum > 0 else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of entries at or below the noise floor, in [0, 1]."""
+        return self.sparse_count / self.count if self.count else 0.0
+
+
+def delta_stats(
+    base: torch.Tensor, expert: torch.Tensor, *, sigma: float = 3.0, noise_floor: float = 0.0
+) -> DeltaStats:
+    """Score one expert's delta against its base.
+
+    Parameters
+    ----------
+    base, expert : Tensor
+        The same shape, any float dtypes; strided views are accepted.
+    sigma : float
+        Outlier threshold in standard deviations of A above its mean.
+    noise_floor : float
+        Sparse threshold as a fraction of the root mean square of the delta.
+
+    Notes
+    -----
+    Reads both inputs twice and writes nothing; temporaries are two chunks. Differences are
+    taken in `compute_dtype`, sums in float64 over a fixed chunk order, so the result does not
+    depend on the machine's core count when torch runs one thread. Source: design section 2.
+    """
+    dtype = compute_dtype((base, expert))
+    base, expert = base.reshape(-1), expert.reshape(-1)
+    count = base.numel()
+
+    def magnitude(piece: slice) -> torch.Tensor:
+        return (expert[piece].to(dtype) - base[piece].to(dtype)).abs_()
+
+    abs_sum = square_sum = maximum = 0.0
+    zero_count = 0
+    for piece in chunks(count):
+        a = magnitude(piece)
+        abs_sum += float(a.sum(dtype=torch.float64))
+        square_sum += float(a.double().square_().sum())
+        maximum = max(maximum, float(a.max()))
+        zero_count += a.numel() - int(a.count_nonzero())
+
+    mean = abs_sum / count if count else 0.0
+    mean_square = square_sum / count if count else 0.0
+    threshold = mean + sigma * math.sqrt(max(mean_square - mean * mean, 0.0))
+    floor = noise_floor * math.sqrt(mean_square)
+
+    outlier_mass, outlier_count, sparse_count = 0.0, 0, 0
+    for piece in chunks(count):
+        a = magnitude(piece)
+        sparse_count += int((a <= floor).sum())
+        outlying = a > threshold
+        outlier_count += int(outlying.sum())
+        outlier_mass += float(a.mul_(outlying).sum(dtype=torch.float64))
+    return DeltaStats(
+        count=count,
+        abs_sum=abs_sum,
+        square_sum=square_sum,
+        maximum=maximum,
+        zero_count=zero_count,
+        threshold=threshold,
+        outlier_mass=outlier_mass,
+        outlier_count=outlier_count,
+        floor=floor,
+        sparse_count=sparse_count,
+    )

@@ -1,0 +1,433 @@
+"""The typed recipe, and the YAML dialect that merging users already write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resm_kernels.checkpoint.dtypes import OUT_DTYPES
+from resm_kernels.checkpoint.hub import ModelReference
+from resm_kernels.errors import RecipeError, UsageError
+from resm_kernels.methods import METHODS, Method, Option
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 100_000
+
+TOP_KEYS = (
+    "merge_method", "base_model", "models", "parameters", "lambda", "dtype", "out_dtype",
+    "tokenizer_source",
+)  # fmt: skip
+MODEL_KEYS = ("model", "parameters")
+NOT_YET = {
+    "slices": "layer slicing is not supported; list whole models under 'models'",
+    "modules": "per-module recipes are not supported; list whole models under 'models'",
+    "tokenizer": "only tokenizer_source: base is supported",
+    "chat_template": "the base's chat template is kept",
+    "name": "the output folder is named on the command line",
+}
+WEIGHT = Option("weight", float, 1.0, "multiplies this expert's share of the merge")
+
+Scalar = bool | int | float | str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Values spread evenly over the layers, first to last."""
+
+    values: tuple[Scalar, ...]
+
+    def at(self, position: float) -> Scalar:
+        """The value at a position in [0, 1]: numbers interpolate, everything else steps."""
+        scaled = position * (len(self.values) - 1)
+        low = int(scaled)
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in self.values):
+            return self.values[low]
+        high = min(low + 1, len(self.values) - 1)
+        share = scaled - low
+        return (1.0 - share) * self.values[low] + share * self.values[high]  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Alternatives in order; the first whose filter is part of the tensor's name counts."""
+
+    cases: tuple[tuple[str | None, Scalar | Gradient], ...]
+
+
+Setting = Scalar | Gradient | Filtered
+
+
+def resolve(setting: Setting, tensor: str, position: float) -> Scalar | None:
+    """The value of a setting for one tensor; None where no filter matches.
+
+    Parameters
+    ----------
+    tensor : str
+        Tensor name, for filters: a filter matches as a substring, `*` and none match all.
+    position : float
+        Where the tensor's layer lies between the first (0) and the last (1); tensors outside
+        the layers have 0.
+    """
+    if isinstance(setting, Filtered):
+        for pattern, value in setting.cases:
+            if pattern is None or pattern == "*" or pattern in tensor:
+                return value.at(position) if isinstance(value, Gradient) else value
+        return None
+    return setting.at(position) if isinstance(setting, Gradient) else setting
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One model to merge and its own parameters."""
+
+    model: ModelReference
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge and how; checked, and the same for the YAML, the command and the API.
+
+    Attributes
+    ----------
+    method : str
+        A name in `METHODS`.
+    base : ModelReference
+        Gives the architecture, the tokenizer and every tensor that is not merged.
+    experts : tuple of Expert
+        In the order in which they are merged.
+    parameters : mapping
+        Global settings by option name, `weight` included.
+    out_dtype : str or None
+        `float32`, `bfloat16`, ...; None keeps the base's dtype tensor by tensor.
+    """
+
+    method: str
+    base: ModelReference
+    experts: tuple[Expert, ...]
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    out_dtype: str | None = None
+
+    def weights(self, tensor: str, position: float) -> tuple[float, ...]:
+        """The user's weight of every expert for one tensor."""
+        return tuple(
+            self._first((e.parameters, self.parameters), WEIGHT, tensor, position)
+            for e in self.experts
+        )
+
+    def options(self, tensor: str, position: float) -> Any:
+        """The method's options for one tensor."""
+        method = METHODS[self.method]
+        values = {
+            name: self._first((self.parameters,), spec, tensor, position)
+            for name, spec in method.specs.items()
+        }
+        return method.make_options(values)
+
+    @staticmethod
+    def _first(
+        scopes: Iterable[Mapping[str, Setting]], spec: Option, tensor: str, position: float
+    ) -> Any:
+        for scope in scopes:
+            if spec.name in scope:
+                value = resolve(scope[spec.name], tensor, position)
+                if value is not None:
+                    return value
+        return spec.default
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe in the YAML dialect: what the manifest, the card and the plan id hold."""
+        models = []
+        for expert in self.experts:
+            entry: dict[str, Any] = {"model": str(expert.model)}
+            if expert.parameters:
+                entry["parameters"] = {k: _plain(v) for k, v in expert.parameters.items()}
+            models.append(entry)
+        content: dict[str, Any] = {
+            "merge_method": self.method,
+            "base_model": str(self.base),
+            "models": models,
+        }
+        if self.parameters:
+            content["parameters"] = {k: _plain(v) for k, v in self.parameters.items()}
+        if self.out_dtype is not None:
+            content["out_dtype"] = self.out_dtype
+        return content
+
+
+def _plain(setting: Setting) -> Any:
+    if isinstance(setting, Filtered):
+        return [
+            {"value": _plain(value)} if pattern is None
+            else {"filter": pattern, "value": _plain(value)}
+            for pattern, value in setting.cases
+        ]  # fmt: skip
+    if isinstance(setting, Gradient):
+        return [_plain(value) for value in setting.values]
+    return list(setting) if isinstance(setting, tuple) else setting
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file; RecipeError lists every mistake in it."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: the recipe cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(str(path), [f"longer than {MAX_BYTES} bytes"])
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
+    """Parse recipe text; RecipeError lists every mistake in it."""
+    try:
+        content = yaml.load(text, Loader=_StrictLoader)
+    except RecursionError as error:
+        raise RecipeError(source, ["nested too deeply"]) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(source, [f"not valid YAML: {' '.join(str(error).split())}"]) from error
+    return build_recipe(content, source)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain data only: no tags that build objects, no repeated keys, no aliases that multiply."""
+
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("anchors and aliases are not allowed in a recipe")
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise yaml.YAMLError(f"more than {MAX_NODES} values")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError("merge keys (<<) are not allowed in a recipe")
+            if isinstance(key, str) and key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} stands twice")
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def build_recipe(content: object, source: str) -> Recipe:
+    """Check recipe data (as YAML or a caller gives them) and build the typed recipe."""
+    mistakes = _Mistakes()
+    if not isinstance(content, dict):
+        raise RecipeError(source, [f"expected a mapping with {', '.join(TOP_KEYS[:3])}"])
+    mistakes.unknown_keys(content, TOP_KEYS, "")
+
+    method = _method(content.get("merge_method"), mistakes)
+    base = _reference(content.get("base_model"), "base_model", mistakes, optional=True)
+    experts = _experts(content.get("models"), method, mistakes)
+    parameters = _parameters(content.get("parameters"), method, "parameters", mistakes)
+    if "lambda" in content:
+        if "lambda" in parameters:
+            mistakes.add("lambda", "stands at the top and under parameters: keep one")
+        elif method is not None and "lambda" not in method.specs:
+            mistakes.add("lambda", f"{method.name} has no such parameter")
+        elif method is not None:
+            setting = _setting(content["lambda"], method.specs["lambda"], "lambda", mistakes)
+            parameters = {**parameters, "lambda": setting}
+    if content.get("tokenizer_source") not in (None, "base"):
+        mistakes.add("tokenizer_source", "only 'base' is supported")
+    out_dtype = None
+    for key in ("dtype", "out_dtype"):
+        value = content.get(key)
+        if value is not None and value not in OUT_DTYPES:
+            known = ", ".join(OUT_DTYPES)
+            mistakes.add(
+                key, f"got {value!r}, expected one of {known}{_nearest(value, OUT_DTYPES)}"
+            )
+        out_dtype = value if value is not None else out_dtype
+
+    if method is not None and content.get("base_model") is None:
+        if method.uses_base:
+            mistakes.add("base_model", f"missing; {method.name} merges changes against a base")
+        elif experts:
+            base = experts[0].model
+    if method is not None and base is not None and experts:
+        listed = any(e.model == base for e in experts)
+        if method.uses_base:
+            experts = [e for e in experts if e.model != base]
+            if not experts:
+                mistakes.add("models", "no model besides the base")
+        elif not listed and "weight" in parameters:
+            mistakes.add(
+                "base_model",
+                f"{method.name} with one weight for all: list the base under models to average "
+                "it too, or give every model its own weight",
+            )
+    if mistakes.found or method is None or base is None:
+        raise RecipeError(source, mistakes.found)
+    return Recipe(method.name, base, tuple(experts), parameters, out_dtype)
+
+
+class _Mistakes:
+    """Collects what is wrong, so that one run reports all of it."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, where: str, problem: str) -> None:
+        self.found.append(f"{where}: {problem}" if where else problem)
+
+    def unknown_keys(self, content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+        for key in content:
+            if key in known:
+                continue
+            prefix = f"{where}." if where else ""
+            if not where and key in NOT_YET:
+                self.add(f"{prefix}{key}", NOT_YET[key])
+            else:
+                expected = ", ".join(known)
+                self.add(
+                    f"{prefix}{key}", f"unknown key; expected {expected}{_nearest(key, known)}"
+                )
+
+
+def _nearest(word: object, known: Iterable[str]) -> str:
+    near = get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _method(name: object, mistakes: _Mistakes) -> Method[Any] | None:
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    got = "missing" if name is None else f"got {name!r}"
+    mistakes.add(
+        "merge_method", f"{got}; expected one of {', '.join(METHODS)}{_nearest(name, METHODS)}"
+    )
+    return None
+
+
+def _reference(
+    value: object, where: str, mistakes: _Mistakes, *, optional: bool = False
+) -> ModelReference | None:
+    if value is None and optional:
+        return None
+    if isinstance(value, str) and value.strip() and "\0" not in value:
+        return ModelReference(value.strip())
+    mistakes.add(where, f"got {value!r}, expected a path or a Hub id org/name[@revision]")
+    return None
+
+
+def _experts(value: object, method: Method[Any] | None, mistakes: _Mistakes) -> list[Expert]:
+    if not isinstance(value, list) or not value:
+        mistakes.add("models", "expected a list of {model: ..., parameters: {weight: ...}}")
+        return []
+    experts = []
+    for i, entry in enumerate(value):
+        where = f"models[{i}]"
+        if not isinstance(entry, dict):
+            mistakes.add(where, f"got {entry!r}, expected {{model: ...}}")
+            continue
+        mistakes.unknown_keys(entry, MODEL_KEYS, where)
+        model = _reference(entry.get("model"), f"{where}.model", mistakes)
+        where = f"{where}.parameters"
+        settings = _parameters(entry.get("parameters"), method, where, mistakes, per_model=True)
+        if model is not None:
+            experts.append(Expert(model, settings))
+    return experts
+
+
+def _parameters(
+    value: object,
+    method: Method[Any] | None,
+    where: str,
+    mistakes: _Mistakes,
+    *,
+    per_model: bool = False,
+) -> dict[str, Setting]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        mistakes.add(where, f"got {value!r}, expected a mapping")
+        return {}
+    if method is None:
+        return {}
+    known = {"weight": WEIGHT} if per_model else {"weight": WEIGHT, **method.specs}
+    mistakes.unknown_keys(value, list(known), where)
+    return {
+        name: _setting(setting, known[name], f"{where}.{name}", mistakes)
+        for name, setting in value.items()
+        if name in known
+    }
+
+
+def _setting(value: object, spec: Option, where: str, mistakes: _Mistakes) -> Setting:
+    """A scalar, a layer gradient, or filtered cases of either."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        cases = []
+        for i, case in enumerate(value):
+            place = f"{where}[{i}]"
+            mistakes.unknown_keys(case, ("filter", "value"), place)
+            pattern = case.get("filter")
+            if pattern is not None and not isinstance(pattern, str):
+                mistakes.add(f"{place}.filter", f"got {pattern!r}, expected part of a tensor name")
+                pattern = None
+            if "value" not in case:
+                mistakes.add(place, "no value")
+            else:
+                cases.append(
+                    (pattern, _scalar_or_gradient(case["value"], spec, f"{place}.value", mistakes))
+                )
+        return Filtered(tuple(cases))
+    return _scalar_or_gradient(value, spec, where, mistakes)
+
+
+def _scalar_or_gradient(
+    value: object, spec: Option, where: str, mistakes: _Mistakes
+) -> Scalar | Gradient:
+    try:
+        if isinstance(value, list) and spec.kind is not tuple:
+            if not value:
+                raise ValueError("got an empty list, expected values from first to last layer")
+            return Gradient(tuple(spec.check(v) for v in value))
+        return spec.check(value)
+    except ValueError as error:
+        mistakes.add(where, str(error))
+        return spec.default
+
+
+def layer_positions(names: Iterable[str]) -> dict[str, float]:
+    """Where every tensor's layer lies, 0 for the first and 1 for the last.
+
+    The layer is the first number in a tensor's dotted name, counted separately for every text
+    before it (an encoder and a decoder have layers of their own). Tensors outside layers get 0,
+    the layer of a one-layer stack 1.
+    """
+    found = {name: _layer(name) for name in names}
+    last: dict[str, int] = {}
+    for stack, layer in filter(None, found.values()):
+        last[stack] = max(layer, last.get(stack, 0))
+    return {
+        name: 0.0 if place is None else place[1] / last[place[0]] if last[place[0]] else 1.0
+        for name, place in found.items()
+    }
+
+
+def _layer(name: str) -> tuple[str, int] | None:
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal() and len(part) <= 9:
+            return ".".join(parts[:i]), int(part)
+    return None
+
+
+__all__ = [
+    "Expert", "Filtered", "Gradient", "Recipe", "Setting", "build_recipe", "layer_positions",
+    "load_recipe", "parse_recipe", "resolve",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""What people see of a merge: progress, the model card, tables."""

@@ -1,0 +1,48 @@
+"""The model card of a merged checkpoint."""
+
+from __future__ import annotations
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from resm_kernels import __version__
+from resm_kernels.checkpoint.hub import ModelReference
+from resm_kernels.engine.result import MergeReport
+from resm_kernels.methods import METHODS
+
+RECONSTRUCTION = (
+    "RESM's paper is public but its equations were not available to us: this is a "
+    "reconstruction from its description, with every choice a named parameter."
+)
+
+
+def model_card(report: MergeReport) -> bytes:
+    """Write README.md: what was merged, by which method and recipe; the same in every run."""
+    method = METHODS[report.method]
+    recipe = report.recipe
+    names = [entry["model"] for entry in recipe["models"]]
+    models = list(dict.fromkeys([recipe["base_model"], *names]))
+    hub_ids = [
+        name for name in models if (ref := ModelReference(name)).repo and not ref.path.exists()
+    ]
+    data = ModelCardData(
+        base_model=hub_ids or None,
+        library_name="transformers",
+        tags=["merge", "resm-kernels", report.method],
+    )
+    rules = "\n".join(f"| {rule} | {count} |" for rule, count in sorted(report.rules.items()))
+    notes = sum(len(notes) for notes in report.notes.values())
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {report.method} merge of {len(names)} models",
+        f"{method.summary[0].upper()}{method.summary[1:]}: `{method.formula}` ({method.source}).",
+        RECONSTRUCTION if report.method == "resm" else "",
+        f"Base: `{recipe['base_model']}`. Merged: {', '.join(f'`{name}`' for name in names)}.",
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
+        f"## What was done\n\n| rule | tensors |\n|---|---|\n{rules}",
+        f"{notes} clamps, fallbacks and warnings: see `resm_report.json`." if notes else "",
+        f"Made with resm-kernels {__version__}. `resm verify` checks every byte of this folder "
+        "against `resm_manifest.json`.",
+    ]
+    card = ModelCard("\n\n".join(section for section in sections if section) + "\n")
+    return str(card).encode()

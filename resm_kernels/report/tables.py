@@ -1,0 +1,137 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from resm_kernels.engine.plan import MergePlan
+from resm_kernels.engine.result import MergeReport
+from resm_kernels.methods import Method
+
+SHOWN_NOTES = 8
+
+
+def plan_table(plan: MergePlan) -> RenderableType:
+    """What a merge will do and cost, by rule."""
+    by_rule = Table(title=f"plan {plan.plan_id[:12]}: {plan.recipe.method}", title_justify="left")
+    for heading in ("rule", "why", "tensors", "read", "written"):
+        by_rule.add_column(heading, justify="left" if heading in ("rule", "why") else "right")
+    groups: dict[tuple[str, str], list[int]] = {}
+    for tensor in plan.tensors:
+        row = groups.setdefault((tensor.rule, tensor.reason or ""), [0, 0, 0])
+        row[0] += 1
+        row[1] += tensor.read_bytes
+        row[2] += tensor.held_bytes - tensor.read_bytes
+    for (rule, reason), (count, read, written) in groups.items():
+        by_rule.add_row(rule, reason, str(count), size(read), size(written))
+    totals = _facts(
+        {
+            "read": size(plan.read_bytes),
+            "written": f"{size(plan.write_bytes)} in {len(plan.layouts)} shards",
+            "peak memory": f"{size(plan.peak_memory)} beside the interpreter "
+            f"(budget {size(plan.memory_budget)})",
+            "runs on": f"{plan.device}, {plan.workers} workers x {plan.options.threads} threads",
+        }
+    )
+    return Group(by_rule, totals, *_left_out(plan.left_out))
+
+
+def report_table(report: MergeReport) -> RenderableType:
+    """What a merge did."""
+    rules = ", ".join(f"{count} {rule}" for rule, count in sorted(report.rules.items()))
+    moved = (report.read_bytes + report.written_bytes) / max(report.seconds, 1e-9)
+    facts = {
+        "output": report.output,
+        "tensors": f"{len(report.tensors)} ({rules})",
+        "time": f"{report.seconds:.1f} s ({size(int(moved))}/s read and written)",
+        "peak memory": f"{size(report.peak_memory)} (planned {size(report.predicted_memory)})",
+    }
+    if report.kept_shards:
+        facts["resumed"] = f"{report.kept_shards} shards were finished before"
+    notes = [f"{name}: {note}" for name, found in report.notes.items() for note in found]
+    lines = [Text(line, style="yellow") for line in notes[:SHOWN_NOTES]]
+    if len(notes) > SHOWN_NOTES:
+        lines.append(Text(f"and {len(notes) - SHOWN_NOTES} more notes: see resm_report.json"))
+    return Group(_facts(facts), *lines, *_left_out(report.left_out))
+
+
+def methods_table(methods: Iterable[Method[Any]]) -> RenderableType:
+    """Methods with formula, source and parameters."""
+    parts: list[RenderableType] = []
+    for method in methods:
+        parts += [
+            Text.assemble((method.name, "bold"), f"  {method.summary}"),
+            Text(f"  {method.formula}\n  {method.source}", style="dim"),
+        ]
+        table = Table(box=None, show_header=False, padding=(0, 2))
+        for spec in method.specs.values():
+            table.add_row(f"  {spec.name}", _default(spec.default), spec.help)
+        parts += [table, Text()]
+    return Group(*parts)
+
+
+def methods_to_dict(methods: Iterable[Method[Any]]) -> dict[str, Any]:
+    """The same as plain data."""
+    return {
+        method.name: {
+            "summary": method.summary,
+            "formula": method.formula,
+            "source": method.source,
+            "parameters": {
+                s.name: {"default": s.default, "choices": s.choices, "help": s.help}
+                for s in method.specs.values()
+            },
+        }
+        for method in methods
+    }
+
+
+def doctor_table(found: Mapping[str, Any]) -> RenderableType:
+    """What `diagnose` found."""
+    packages = {name: version or "not installed" for name, version in found["packages"].items()}
+    devices = [
+        f"{d['name']} ({size(d['memory_bytes'])}, compute capability {d['capability']})"
+        for d in found["cuda_devices"]
+    ]
+    return _facts(
+        {
+            "resm-kernels": found["resm_kernels"],
+            "python": f"{found['python']} on {found['platform']}",
+            **packages,
+            "cores": str(found["cores"]),
+            "memory": f"{size(found['available_memory_bytes'])} available",
+            "GPUs": "; ".join(devices) or "none",
+            "cuSOLVER extension": found["cusolver_extension"],
+            **{f"{part}": place for part, place in found["runs_on"].items()},
+        }
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.23 GB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _facts(facts: Mapping[str, str]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def _left_out(left_out: Mapping[str, str]) -> list[RenderableType]:
+    return [Text(f"left out: {name} ({reason})") for name, reason in left_out.items()]
+
+
+def _default(value: object) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value).lower()
