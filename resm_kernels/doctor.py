@@ -8,7 +8,8 @@ import platform
 from typing import Any
 
 from resm_kernels import __version__
-from resm_kernels.engine.options import available_memory, usable_cores
+from resm_kernels.engine.memory import available_memory
+from resm_kernels.engine.options import usable_cores
 
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "huggingface_hub", "transformers", "rich", "PyYAML",

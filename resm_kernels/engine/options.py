@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-import psutil
 
 from resm_kernels.errors import UsageError
 
@@ -68,26 +65,8 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
-def available_memory() -> int:
-    """Bytes that can be taken without swapping, the cgroup's limit included."""
-    available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        available = min(available, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return max(available, 0)
-
-
 def usable_cores() -> int:
     """Cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def anonymous_memory() -> int:
-    """Resident bytes of this process that are not mapped files."""
-    info = psutil.Process().memory_info()
-    return int(info.rss - getattr(info, "shared", 0))

@@ -23,7 +23,7 @@ from resm_kernels.checkpoint.journal import MANIFEST, REPORT, OutputFolder, chec
 from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
 from resm_kernels.checkpoint.reader import TensorReader, check_stamp
 from resm_kernels.checkpoint.writer import ShardFile
-from resm_kernels.engine.options import anonymous_memory
+from resm_kernels.engine.memory import MemoryWatch
 from resm_kernels.engine.plan import PREFETCH, MergePlan, PlannedTensor, check_disk
 from resm_kernels.engine.result import MergeReport, TensorResult
 from resm_kernels.errors import NonFiniteError, NumericsError, ResmError
@@ -83,28 +83,6 @@ class Ledger:
             self._change.notify_all()
 
 
-class MemoryWatch:
-    """Samples this process's resident anonymous memory while a merge runs."""
-
-    def __init__(self, interval: float = 0.01) -> None:
-        self._interval = interval
-        self._done = threading.Event()
-        self._start = anonymous_memory()
-        self._peak = self._start
-        self._thread = threading.Thread(target=self._watch, name="resm-memory", daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(self._interval):
-            self._peak = max(self._peak, anonymous_memory())
-
-    def stop(self) -> int:
-        """Most bytes above the level at the start."""
-        self._done.set()
-        self._thread.join()
-        return max(self._peak, anonymous_memory()) - self._start
-
-
 def run_plan(
     plan: MergePlan,
     output: Path,
@@ -145,7 +123,7 @@ def run_plan(
         folder.verify_kept(plan.layouts)
         check_disk(plan, output, kept=folder.kept)
         companions = companion_files(plan.base, plan.recipe.out_dtype)
-        watch = MemoryWatch()
+        watch = MemoryWatch(limit=plan.peak_memory)
         try:
             _Run(plan, folder, report, progress).run()
         finally:

@@ -17,7 +17,8 @@ from resm_kernels.checkpoint.files import canonical_json
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
 from resm_kernels.checkpoint.reader import open_checkpoint, same_data
 from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
-from resm_kernels.engine.options import EngineOptions, available_memory, usable_cores
+from resm_kernels.engine.memory import available_memory
+from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.methods import METHODS
 from resm_kernels.ops.dtypes import CHUNK

@@ -89,7 +89,7 @@ def equalise(delta: torch.Tensor) -> tuple[SpectralMerge, int]:
     subspace = leading_subspaces(delta, smaller)
     mean = float(subspace.values.sum()) / smaller if smaller else 0.0
     merge = SpectralMerge(
-        left=subspace.left * mean,
+        left=subspace.left.mul_(mean),
         right=subspace.right,
         null_directions=smaller - subspace.rank,
         backends=(subspace.backend,),
