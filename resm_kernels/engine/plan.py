@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -340,12 +341,12 @@ class _Matching:
         self._home = {
             id(c): {name: f for f in c.files for name in f.tensors} for c in (base, *experts)
         }
-        self._ties = {id(c): {**self._equal_tables(c), **c.aliases} for c in (base, *experts)}
+        self._ties = {id(c): self._tied_groups(c) for c in (base, *experts)}
         self._misfits: list[str] = []
 
     def canonical(self, name: str) -> str:
         """The name under which a tied tensor's parameters are looked up, so that it stays tied."""
-        return self._ties[id(self.base)].get(name, name)
+        return min([name, *self._ties[id(self.base)].get(name, ())])
 
     def source(self, checkpoint: Checkpoint, name: str) -> Source:
         """An input tensor with its file."""
@@ -402,19 +403,20 @@ class _Matching:
         return f"missing from {', '.join(absent)}", ()
 
     def _find(self, checkpoint: Checkpoint, name: str) -> Source | None:
-        """A tensor by its name, or by the one it is tied to, here or in the base."""
-        for ties in ({name: name}, self._ties[id(checkpoint)], self._ties[id(self.base)]):
-            if ties.get(name) in checkpoint.tensors:
-                return self.source(checkpoint, ties[name])
+        """A tensor by its name, or by one it is tied to, here or in the base."""
+        tied = (self._ties[id(c)].get(name, ()) for c in (checkpoint, self.base))
+        for candidate in (name, *itertools.chain(*tied)):
+            if candidate in checkpoint.tensors:
+                return self.source(checkpoint, candidate)
         return None
 
     def _judge_extra(self, expert: Checkpoint) -> None:
         for name in expert.tensors:
             if name in self.base.tensors:
                 continue
-            tied = self._ties[id(expert)].get(name)
-            if tied in self.base.tensors:
-                self.left_out[f"{expert.reference}: {name}"] = f"tied to {tied}"
+            tied = [n for n in self._ties[id(expert)].get(name, ()) if n in self.base.tensors]
+            if tied:
+                self.left_out[f"{expert.reference}: {name}"] = f"tied to {tied[0]}"
             elif self.options.allow_extra:
                 self.left_out[f"{expert.reference}: {name}"] = "not in the base"
             else:
@@ -422,23 +424,27 @@ class _Matching:
                     f"{name}: in {expert.reference}, not in the base (--allow-extra leaves it out)"
                 )
 
-    def _equal_tables(self, checkpoint: Checkpoint) -> dict[str, str]:
+    def _tied_groups(self, checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+        """Every tied name with the others of its group."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for alias, kept in (*checkpoint.aliases.items(), *self._equal_tables(checkpoint)):
+            members = {alias, kept, *groups.get(alias, ()), *groups.get(kept, ())}
+            groups.update({name: tuple(sorted(members - {name})) for name in members})
+        return groups
+
+    def _equal_tables(self, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         """Vocabulary tables stored twice under a config that ties them: read and compared."""
         config = checkpoint.config
-        if not config.get("tie_word_embeddings", False):
-            return {}
+        if config.get("tie_word_embeddings") is not True:
+            return
         text = config.get("text_config")
         sizes = [config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else 0]
         tables = [
-            t for t in checkpoint.tensors.values() if len(t.shape) == 2 and t.shape[0] in sizes
+            self.source(checkpoint, t.name)
+            for t in checkpoint.tensors.values()
+            if len(t.shape) == 2 and t.shape[0] in sizes
         ]
-        ties: dict[str, str] = {}
-        for i, table in enumerate(tables):
-            for other in tables[:i]:
-                if other.name in ties or (table.shape, table.dtype) != (other.shape, other.dtype):
-                    continue
-                pair = [self.source(checkpoint, t.name) for t in (table, other)]
-                if same_data(*[(s.file, s.info) for s in pair]):
-                    ties[table.name] = other.name
-                    break
-        return ties
+        for one, other in itertools.combinations(tables, 2):
+            alike = (one.info.shape, one.info.dtype) == (other.info.shape, other.info.dtype)
+            if alike and same_data((one.file, one.info), (other.file, other.info)):
+                yield one.info.name, other.info.name

@@ -22,9 +22,8 @@ def model_card(report: MergeReport) -> bytes:
     recipe = report.recipe
     names = [entry["model"] for entry in recipe["models"]]
     models = list(dict.fromkeys([recipe["base_model"], *names]))
-    hub_ids = [
-        name for name in models if (ref := ModelReference(name)).repo and not ref.path.exists()
-    ]
+    references = [ModelReference(name) for name in models]
+    hub_ids = [r.repo[0] for r in references if r.repo is not None and not r.path.exists()]
     data = ModelCardData(
         base_model=hub_ids or None,
         library_name="transformers",

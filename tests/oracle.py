@@ -1,0 +1,84 @@
+"""The textbook, in NumPy, sharing no code with the package; float64 unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.floating]
+
+
+def rank_of(values: Matrix, longest: int) -> int:
+    """Singular values that float32 data can tell from zero (the package's documented rule)."""
+    if values.size == 0 or values[0] == 0:
+        return 0
+    return int((values > np.sqrt(longest) * np.finfo(np.float32).eps * values[0]).sum())
+
+
+def polar(panel: Matrix) -> Matrix:
+    """Polar factor on the range: null directions, below 1e-6 of the largest, stay zero."""
+    if panel.shape[1] == 0:
+        return panel
+    u, s, vt = np.linalg.svd(panel, full_matrices=False)
+    kept = s > 1e-6 * s[0]
+    return u[:, kept] @ vt[kept]
+
+
+def tsvm(
+    deltas: Sequence[Matrix],
+    ranks: Sequence[int],
+    weights: Sequence[float] | None = None,
+    dtype: type = np.float64,
+) -> Matrix:
+    """polar(U) diag(w S) polar(V)^T by singular value decompositions, ranks clamped."""
+    us, ss, vs = [], [], []
+    for t, delta in enumerate(deltas):
+        u, s, vt = np.linalg.svd(delta.astype(dtype), full_matrices=False)
+        exact = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
+        r = min(ranks[t], rank_of(exact, max(delta.shape)))
+        us.append(u[:, :r])
+        ss.append(s[:r] * dtype(1.0 if weights is None else weights[t]))
+        vs.append(vt[:r].T)
+    left, right = np.concatenate(us, axis=1), np.concatenate(vs, axis=1)
+    return (polar(left) * np.concatenate(ss)) @ polar(right).T
+
+
+def iso_c(deltas: Sequence[Matrix]) -> Matrix:
+    """mean(sigma) * polar(sum of deltas), on the range."""
+    total = np.sum([delta.astype(np.float64) for delta in deltas], axis=0)
+    u, s, vt = np.linalg.svd(total, full_matrices=False)
+    r = rank_of(s, max(total.shape))
+    return s.mean() * (u[:, :r] @ vt[:r])
+
+
+def error(merged: Matrix, reference: Matrix) -> float:
+    """Relative error in the Frobenius norm; absolute where the reference is zero."""
+    scale = np.linalg.norm(reference)
+    return float(np.linalg.norm(merged - reference) / (scale if scale > 0 else 1.0))
+
+
+def spectrum(kind: str, p: int) -> Matrix:
+    """Singular values of the named shape, descending from 1."""
+    i = np.arange(p)
+    return {
+        "power": (i + 1.0) ** -0.8,
+        "exponential": np.exp(-6.0 * i / p),
+        "steep": np.exp(-40.0 * i / p),
+        "flat": np.ones(p),
+    }[kind]
+
+
+def make_delta(kind: str, m: int, n: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """A float32 delta: Gaussian `noise`, exact rank-4 `lora`, or a named spectrum."""
+    p = min(m, n)
+    if kind == "noise":
+        return rng.standard_normal((m, n)).astype(np.float32)
+    if kind == "lora":
+        r = min(4, p)
+        factors = rng.standard_normal((m, r)) @ rng.standard_normal((r, n))
+        return factors.astype(np.float32)
+    u, _ = np.linalg.qr(rng.standard_normal((m, p)))
+    v, _ = np.linalg.qr(rng.standard_normal((n, p)))
+    return ((u * spectrum(kind, p)) @ v.T).astype(np.float32)
