@@ -244,7 +244,7 @@ def build_recipe(content: object, source: str) -> Recipe:
     out_dtype = None
     for key in ("dtype", "out_dtype"):
         value = content.get(key)
-        if value is not None and value not in OUT_DTYPES:
+        if value is not None and value not in tuple(OUT_DTYPES):
             known = ", ".join(OUT_DTYPES)
             mistakes.add(
                 key, f"got {value!r}, expected one of {known}{_nearest(value, OUT_DTYPES)}"

@@ -60,7 +60,7 @@ def companion_files(base: Checkpoint, out_dtype: str | None) -> dict[str, bytes]
 def _with_dtype(config: Mapping[str, Any], out_dtype: str) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and value in OUT_DTYPES:
+        if key in ("dtype", "torch_dtype") and value in tuple(OUT_DTYPES):
             changed[key] = out_dtype
         else:
             changed[key] = _with_dtype(value, out_dtype) if isinstance(value, dict) else value

@@ -346,7 +346,8 @@ class _Matching:
 
     def canonical(self, name: str) -> str:
         """The name under which a tied tensor's parameters are looked up, so that it stays tied."""
-        return min([name, *self._ties[id(self.base)].get(name, ())])
+        tied = self._ties[id(self.base)].get(name, ())
+        return min([name, *(other for other in tied if other in self.base.tensors)])
 
     def source(self, checkpoint: Checkpoint, name: str) -> Source:
         """An input tensor with its file."""

@@ -1,0 +1,1014 @@
+"""Bad input at the command line: one clear message, the right exit status, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+
+from resm_kernels.checkpoint.files import canonical_json, seal
+from resm_kernels.cli import main
+from resm_kernels.engine import pipeline
+from tests.hostile.files import (
+    Bomb,
+    entry,
+    safetensors,
+    snapshot,
+    torch_bytes,
+    torch_zip,
+    weights,
+    write_model,
+)
+
+pytestmark = pytest.mark.timeout(20)
+
+A = "expert-a/model.safetensors"
+BIN = "expert-a/pytorch_model.bin"
+INDEX = "expert-a/model.safetensors.index.json"
+SHARDED = ("--shard-size", "300")
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+RECIPE = "merge_method: resm\nbase_model: {base}\nmodels:\n- model: {a}\n- model: {b}\n"
+
+
+class Site:
+    """A base and two experts that merge into `work/merged`, until a case damages something."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.monkeypatch = monkeypatch
+        self.models = [root / "in" / name for name in ("base", "expert-a", "expert-b")]
+        self.base, self.a, self.b = self.models
+        self.out = root / "work" / "merged"
+        self.partial = root / "work" / "merged.partial"
+        self.out.parent.mkdir()
+        for seed, folder in enumerate(self.models):
+            write_model(folder, weights(seed))
+
+    def argv(self, *options: object, out: object = None) -> list[str]:
+        """The command that merges the site's models."""
+        models = ["--base", self.base, "--expert", self.a, "--expert", self.b]
+        return [str(a) for a in ("merge", *models, *options, self.out if out is None else out)]
+
+    def leave_unfinished(self) -> None:
+        """Interrupt a merge after its last shard: `merged.partial` holds two finished shards."""
+        with self.monkeypatch.context() as patch:
+            patch.setattr(pipeline, "_check_inputs_unchanged", _interrupt)
+            assert status(self.argv(*SHARDED)) == 130
+        assert {p.name for p in self.partial.iterdir()} == {*SHARDS, "resm_journal.jsonl"}
+
+
+Arrange = Callable[[Site], Sequence[object] | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Damage, the command (None is the site's own merge), and the answer it must get."""
+
+    arrange: Arrange
+    words: tuple[str, ...]
+    code: int
+    options: tuple[str, ...]
+
+    def command(self, site: Site) -> list[str]:
+        """Do the damage and return the command line."""
+        argv = self.arrange(site)
+        return site.argv(*self.options) if argv is None else [str(a) for a in argv]
+
+
+def case(
+    name: str, arrange: Arrange, *words: str, code: int = 1, options: Iterable[str] = ()
+) -> ParameterSet:
+    """A row of a table."""
+    return pytest.param(Case(arrange, words, code, tuple(options)), id=name)
+
+
+def status(argv: Sequence[object]) -> int | str | None:
+    """Exit status of the command, run in this process."""
+    try:
+        return main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def assert_message(err: str, words: Sequence[str]) -> None:
+    """The message says all of it, to a person and not to a terminal."""
+    assert [word for word in words if word not in err] == [], err
+    assert "Traceback" not in err
+    assert "\x1b" not in err
+    assert "\x07" not in err
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    root = tmp_path / "site"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    return Site(root, monkeypatch)
+
+
+def _interrupt(plan: object) -> None:
+    raise KeyboardInterrupt
+
+
+# Damage to expert-a's files
+
+
+def nothing(site: Site) -> None:
+    """Leave the site as it is: the options are what is wrong."""
+
+
+def raw(make: Callable[[bytes], bytes]) -> Arrange:
+    def arrange(site: Site) -> None:
+        path = site.a / "model.safetensors"
+        path.write_bytes(make(path.read_bytes()))
+
+    return arrange
+
+
+def header(content: object, data: bytes = b"", length: int | None = None) -> Arrange:
+    return raw(lambda _: safetensors(content, data, length))
+
+
+def one(**changes: object) -> Arrange:
+    return header({"w": entry(**changes)}, bytes(16))
+
+
+def two(first: list[int], second: list[int], data: int) -> Arrange:
+    content = {"a": entry(data_offsets=first), "b": entry(data_offsets=second)}
+    return header(content, bytes(data))
+
+
+def everywhere(name: str, content: bytes) -> Arrange:
+    """The same weight file in all three models, so that they fit together."""
+
+    def arrange(site: Site) -> None:
+        for folder in site.models:
+            (folder / "model.safetensors").unlink()
+            (folder / name).write_bytes(content)
+
+    return arrange
+
+
+def sparse_file(place: str, size: int, start: bytes = b"") -> Arrange:
+    def arrange(site: Site) -> None:
+        path = site.root / "in" / place
+        path.write_bytes(start)
+        os.truncate(path, size)
+
+    return arrange
+
+
+def special(place: str, make: Callable[[Path], None], drop: str | None = None) -> Arrange:
+    """Something that is not a regular file under a name in the input folder."""
+
+    def arrange(site: Site) -> None:
+        path = site.root / "in" / place
+        (site.root / "in" / (drop or place)).unlink()
+        make(path)
+
+    return arrange
+
+
+def text(place: str, content: str) -> Arrange:
+    def arrange(site: Site) -> None:
+        (site.root / "in" / place).write_text(content)
+
+    return arrange
+
+
+def index(content: object, **shards: object) -> Arrange:
+    """An index (text or JSON value) over shards that hold the named tensors of expert-a."""
+
+    def arrange(site: Site) -> None:
+        (site.a / "model.safetensors").unlink()
+        for stem, names in shards.items():
+            write_model(site.a, {n: t for n, t in weights(1).items() if n in names})
+            (site.a / "model.safetensors").rename(site.a / f"{stem}.safetensors")
+        written = content if isinstance(content, str) else json.dumps(content)
+        (site.a / "model.safetensors.index.json").write_text(written)
+
+    return arrange
+
+
+def maps(**shards: str) -> dict[str, object]:
+    """A weight_map from `one=names`: tensor names by shard."""
+    return {"weight_map": {n: f"{s}.safetensors" for s, ns in shards.items() for n in ns.split()}}
+
+
+def binary(content: bytes | Callable[[Site], bytes]) -> Arrange:
+    def arrange(site: Site) -> None:
+        (site.a / "model.safetensors").unlink()
+        made = content if isinstance(content, bytes) else content(site)
+        (site.a / "pytorch_model.bin").write_bytes(made)
+
+    return arrange
+
+
+def tensor_bin(tensor: torch.Tensor) -> Arrange:
+    return binary(torch_bytes({**weights(1), "layers.0.weight": tensor}))
+
+
+def bomb(site: Site) -> Bomb:
+    return Bomb(site.root / "code-ran")
+
+
+def no_weights(site: Site) -> None:
+    (site.a / "model.safetensors").unlink()
+
+
+def adapter(site: Site) -> None:
+    """As PEFT writes it."""
+    write_model(site.a, {"base_model.model.layers.0.lora_A.weight": torch.ones(2, 8)})
+    (site.a / "model.safetensors").rename(site.a / "adapter_model.safetensors")
+    (site.a / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+
+
+def several_files(site: Site) -> None:
+    (site.a / "model.safetensors").rename(site.a / "one.safetensors")
+    shutil.copy(site.a / "one.safetensors", site.a / "two.safetensors")
+
+
+def model_argument(model: str) -> Arrange:
+    return lambda site: ["merge", "--base", site.base, "--expert", model, site.out]
+
+
+L0, L1, NORM = "layers.0.weight", "layers.1.weight", "norm.weight"
+ODD_NAME = safetensors('{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8))
+NO_DATA = entry(shape=[0, 2**62, 2**62], data_offsets=[0, 0])
+REPEATED = "{" + "".join(f'"k{i}":0,' for i in range(200_000)) + '"z":0,"z":0}'
+ENTRY_KEYS = "tensor 'w': must have exactly dtype, shape and data_offsets"
+SIZES = "tensor 'w': the shape must be a list of sizes"
+DISAGREE = "tensor 'w': shape and data disagree"
+
+FILES = [
+    case("empty", raw(lambda _: b""), A, "header does not fit", "a file of 0 bytes"),
+    case("five bytes", raw(lambda _: b"abcde"), A, "header does not fit", "a file of 5 bytes"),
+    case("truncated", raw(lambda good: good[:-1]), A, "data do not end with the file"),
+    case("trailing bytes", raw(lambda good: good + b"x"), A, "data do not end with the file"),
+    case("header past the end", header("{}", length=99), A, "a header of 99 bytes in a file of 10"),
+    case("header of 2**64-1", header("{}", length=2**64 - 1), A, f"header of {2**64 - 1} bytes"),
+    case("header over 100 MB", sparse_file(A, 200 << 20, (150_000_000).to_bytes(8, "little")),
+         A, "a header of 150000000 bytes", "at most 100000000 bytes"),
+    case("not JSON", header("{not json}"), A, "invalid JSON"),
+    case("not an object", header("[1]"), A, "the header is not a JSON object"),
+    case("no UTF-8", header(b'{"\xff": 1}'), A, "invalid JSON", "utf-8"),
+    case("NaN in JSON", header('{"w": NaN}'), A, "NaN is not JSON"),
+    case("number of 5000 digits", header('{"w": ' + "9" * 5000 + "}"), A, "invalid JSON"),
+    case("repeated key", header('{"w": 1, "w": 1}'), A, "the key 'w' stands twice"),
+    case("repeated inner key", header('{"w": {"shape": [], "shape": []}}'), A, "key 'shape' stands"),
+    case("repeated after 200,000", header(REPEATED), A, "the key 'z' stands twice"),
+    case("deep", header('{"w":' + "[" * 100_000 + "]" * 100_000 + "}"), A, "nested too deeply"),
+    case("deep entry", header('{"w":' + "[" * 300 + "]" * 300 + "}"), A, ENTRY_KEYS),
+    case("missing key", one(dtype=None), A, ENTRY_KEYS),
+    case("extra key", one(stride=[2, 1]), A, ENTRY_KEYS, "stride"),
+    case("entry is a list", header({"w": ["F32", [2, 2], [0, 16]]}, bytes(16)), A, ENTRY_KEYS),
+    case("unknown dtype", one(dtype="F12"), A, "tensor 'w': unknown dtype", "F12"),
+    case("dtype is a list", one(dtype=["F32"]), A, "tensor 'w': unknown dtype"),
+    case("too few bytes", one(data_offsets=[0, 8]), A, DISAGREE, "8 bytes", "16 for F32 [2, 2]"),
+    case("shape too large", one(shape=[2, 3]), A, DISAGREE, "16 bytes", "24 for F32 [2, 3]"),
+    case("shape wraps to zero", header({"w": entry(shape=[2**62, 4], data_offsets=[0, 0])}),
+         A, DISAGREE, "0 bytes"),
+    case("shape of 2**64", one(shape=[2**64, 1]), A, SIZES, str(2**64)),
+    case("negative shape", one(shape=[-2, -2]), A, SIZES, "[-2, -2]"),
+    case("booleans as sizes", one(shape=[True, 4]), A, SIZES, "True"),
+    case("floats as sizes", one(shape=[2.0, 2]), A, SIZES, "2.0"),
+    case("shape is a number", one(shape=4), A, SIZES),
+    case("33 dimensions", one(shape=[1] * 32 + [4]), A, SIZES),
+    case("overflowing and empty", everywhere("model.safetensors", safetensors({"w": NO_DATA})),
+         "base/model.safetensors", "tensor 'w'"),
+    case("offsets reversed", one(data_offsets=[16, 0]), A, "tensor 'w': data_offsets must be"),
+    case("offsets negative", one(data_offsets=[-16, 0]), A, "tensor 'w': data_offsets must be"),
+    case("three offsets", one(data_offsets=[0, 8, 16]), A, "tensor 'w': data_offsets must be"),
+    case("boolean offset", one(data_offsets=[False, 16]), A, "tensor 'w': data_offsets must be"),
+    case("overlap", two([0, 16], [8, 24], 24), A, "tensor 'b' overlaps", "from byte 16"),
+    case("the same data twice", two([0, 16], [0, 16], 16), A, "overlaps the tensor before it"),
+    case("hole", two([0, 16], [24, 40], 40), A, "tensor 'b' leaves a hole", "from byte 24"),
+    case("hole at the start", one(data_offsets=[8, 24]), A, "tensor 'w' leaves a hole"),
+    case("data past the end", header({"w": entry()}, bytes(8)), A, "data do not end with the file"),
+    case("metadata of numbers", header({"__metadata__": {"a": 1}}), A, "__metadata__ must map"),
+    case("metadata is a list", header({"__metadata__": ["a"]}), A, "__metadata__ must map"),
+    case("name is no text", everywhere("model.safetensors", ODD_NAME), "base/model.safetensors"),
+    case("name with escapes", header({"\x1b]0;owned\x07": entry()}, bytes(16)),
+         "owned", "expert-a", "not in the base"),
+    case("directory", special(A, Path.mkdir), A, "not a regular file"),
+    case("FIFO", special(A, os.mkfifo), A, "not a regular file"),
+    case("FIFO as index", special(INDEX, os.mkfifo, drop=A), INDEX, "not a regular file"),
+    case("FIFO as config", special("expert-a/config.json", os.mkfifo), "expert-a/config.json"),
+    case("config is a directory", special("expert-a/config.json", Path.mkdir),
+         "expert-a/config.json", "Is a directory"),
+    case("config is no JSON", text("expert-a/config.json", "{"), "a/config.json", "invalid JSON"),
+    case("config is a list", text("expert-a/config.json", "[]"), "a/config.json", "not a JSON obj"),
+    case("config is no text", text("base/config.json", '{"a": "\\ud800"}'), "base/config.json",
+         options=("--out-dtype", "float32")),
+    case("quantised", text("expert-a/config.json", '{"quantization_config": {"bits": 4}}'),
+         "expert-a", "quantised weights cannot be merged", "dequantise"),
+    case("tokenizer of 300 MB", sparse_file("base/tokenizer.json", 300 << 20),
+         "base/tokenizer.json", "too large"),
+    case("no weights", no_weights, "expert-a: no weights", "model.safetensors"),
+    case("LoRA adapter", adapter, "expert-a", "LoRA adapter", "merge the adapter into its base"),
+    case("several files", several_files, "expert-a: 2 safetensors files and no index"),
+    case("no such folder", model_argument("./nowhere/x/y"), "./nowhere/x/y: no such file or folder"),
+    case("a LoRA by plus", model_argument("some/model+some/lora"), "some/lora", "LoRA adapters"),
+    case("an unknown user's home", model_argument("~no_such_user/model"), "~no_such_user/model"),
+    case("a name of 300 letters", model_argument("in/" + "x" * 300), "in/xxx"),
+]  # fmt: skip
+
+INDEXES = [
+    case("path traversal", index({"weight_map": {L0: "../expert-b/model.safetensors"}}),
+         INDEX, L0, "leaves the folder", "../expert-b"),
+    case("absolute path", index({"weight_map": {L0: "/etc/passwd"}}), INDEX, L0, "/etc/passwd"),
+    case("backslashes", index({"weight_map": {L0: "..\\x"}}), INDEX, L0, "leaves the folder"),
+    case("dots", index({"weight_map": {L0: ".."}}), INDEX, L0, "leaves the folder"),
+    case("shard is a number", index({"weight_map": {L0: 5}}), INDEX, L0, "a plain file name"),
+    case("shard of 5000 letters", index({"weight_map": {L0: "x" * 5000}}), INDEX, "xxxx"),
+    case("missing shard", index(maps(one=f"{L0} {L1}", gone=NORM), one=[L0, L1]),
+         INDEX, "1 of 2 shards are missing", "gone.safetensors"),
+    case("listed but not there", index(maps(one=f"{L0} {L1} {NORM} ghost"), one=[L0, L1, NORM]),
+         INDEX, "one.safetensors lacks 1", "ghost"),
+    case("there but not listed", index(maps(one=f"{L0} {L1}"), one=[L0, L1, NORM]),
+         INDEX, "one.safetensors holds 1", NORM),
+    case("in two shards", index(maps(one=f"{L0} {L1}", two=NORM), one=[L0, L1], two=[L1, NORM]),
+         INDEX, f"{L1!r} lies in two shards", "one.safetensors and two.safetensors"),
+    case("listed twice", index(f'{{"weight_map": {{"{L0}": "a", "{L0}": "b"}}}}'),
+         INDEX, f"{L0!r} stands twice"),
+    case("no weight_map", index({"metadata": {}}), INDEX, "no weight_map"),
+    case("empty weight_map", index({"weight_map": {}}), INDEX, "no weight_map"),
+    case("weight_map is a list", index({"weight_map": [L0]}), INDEX, "no weight_map"),
+    case("index is no JSON", index("weight_map"), INDEX, "invalid JSON"),
+    case("shard is the index", index({"weight_map": {L0: "model.safetensors.index.json"}}),
+         INDEX, "not a readable torch file"),
+]  # fmt: skip
+
+NO_TORCH = "not a readable torch file"
+BINS = [
+    case("pickled code", binary(lambda site: torch_bytes({"w": bomb(site)})),
+         BIN, "pickled objects other than tensors", "never loaded"),
+    case("pickled code, old format", binary(lambda s: torch_bytes({"w": bomb(s)}, legacy=True)),
+         BIN, NO_TORCH),
+    case("pickled code, plain", binary(lambda site: pickle.dumps(bomb(site))), BIN, NO_TORCH),
+    case("old format", binary(torch_bytes(weights(1), legacy=True)), BIN, NO_TORCH),
+    case("garbage", binary(b"garbage " * 9), BIN, NO_TORCH),
+    case("empty", binary(b""), BIN, NO_TORCH),
+    case("truncated", binary(torch_bytes(weights(1))[:900]), BIN, NO_TORCH),
+    case("pickle without value", binary(torch_zip(b"\x80\x02.")), BIN, "convert it"),
+    case("pickle cut short", binary(torch_zip(b"\x80\x02J\x01")), BIN, "convert it"),
+    case("pickle of a bad storage", binary(torch_zip(b"\x80\x02K\x01Q.")), BIN, "convert it"),
+    case("pickle of a bad tensor", binary(torch_zip(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.")),
+         BIN, "convert it"),
+    case("list", binary(torch_bytes([torch.ones(2)])), BIN, "not a flat state dict"),
+    case("nested", binary(torch_bytes({"state_dict": weights(1)})), BIN, "not a flat state dict"),
+    case("complex128", tensor_bin(torch.ones(8, 8, dtype=torch.complex128)),
+         BIN, f"tensor {L0!r}", "unsupported dtype torch.complex128"),
+    case("sparse", tensor_bin(torch.eye(8).to_sparse()), BIN, L0),
+    case("meta", tensor_bin(torch.empty(8, 8, device="meta")), BIN, L0),
+    case("expanded to 4 TB", tensor_bin(torch.ones(1).expand(1 << 40)), L0, str([1 << 40])),
+    case("named __metadata__",
+         everywhere("pytorch_model.bin", torch_bytes({"__metadata__": torch.ones(2)})),
+         "base/pytorch_model.bin", "__metadata__"),
+    case("name is no text", everywhere("pytorch_model.bin", torch_bytes({"\ud800": torch.ones(2)})),
+         "base/pytorch_model.bin"),
+]  # fmt: skip
+
+
+# Models that do not fit together
+
+
+def tensors(model: str = "expert-a", **changes: torch.Tensor | None) -> Arrange:
+    """Rewrite a model with tensors changed or dropped (None); `L0`, `L1` and `NORM` by name."""
+
+    def arrange(site: Site) -> None:
+        names = {"L0": L0, "L1": L1, "NORM": NORM}
+        seed = [folder.name for folder in site.models].index(model)
+        new = {**weights(seed), **{names.get(n, n): t for n, t in changes.items()}}
+        write_model(
+            site.root / "in" / model, {n: t for n, t in new.items() if isinstance(t, torch.Tensor)}
+        )
+
+    return arrange
+
+
+def full(value: float, *shape: int) -> torch.Tensor:
+    return torch.full(shape, value)
+
+
+FP8 = torch.ones(8, 8).to(torch.float8_e4m3fn)
+SEVERAL = tensors(L0=full(1, 8, 9), L1=None, extra=full(1, 3))
+TO_HALF = ("--out-dtype", "float16")
+
+FITS = [
+    case("missing tensor", tensors(L1=None), f"{L1}: missing from", "in/expert-a", "--allow-missing"),
+    case("extra tensor", tensors(extra=full(1, 3)), "extra: in ", "expert-a, not in the base"),
+    case("shape", tensors(L0=full(1, 8, 9)), f"{L0}: shape [8, 9] in", "expert-a, [8, 8] in the base"),
+    case("three misfits", SEVERAL, f"{L0}: shape", f"{L1}: missing", "extra: in"),
+    case("integers", tensors(L0=torch.ones(8, 8, dtype=torch.int64)), f"{L0}: I64 in", "expert-a"),
+    case("FP8 expert", tensors(L0=FP8), f"{L0}: F8_E4M3 in", "expert-a"),
+    case("FP8 base", tensors("base", L0=FP8), f"{L0}: F8_E4M3 weights of", "in/base", "dequantise"),
+    case("empty base", lambda site: write_model(site.base, {}), "in/base: the base holds no tensors"),
+    case("NaN in an expert", tensors(L1=full(float("nan"), 8, 8)), A, L1, "64 of 64 values are NaN"),
+    case("Inf in the base", tensors("base", NORM=full(float("inf"), 8)),
+         "base/model.safetensors", NORM, "8 of 8 values are NaN or Inf"),
+    case("fp16 overflow", tensors("base", NORM=full(1e6, 8)), NORM, "8 merged values do not fit F16",
+         options=TO_HALF),
+    case("fp16 overflow in a copy", tensors("base", extra=full(1e6, 4)), "extra", "do not fit F16",
+         options=(*TO_HALF, "--allow-missing")),
+    case("memory", nothing, "layers.", "more memory than allowed", "at most 1,000 bytes",
+         "--memory-budget", options=("--memory-budget", "1kB")),
+]  # fmt: skip
+
+
+# Recipes
+
+
+def recipe(content: str | bytes) -> Arrange:
+    def arrange(site: Site) -> list[object]:
+        path = site.root / "recipe.yml"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            places = {"{base}": site.base, "{a}": site.a, "{b}": site.b}
+            written = content
+            for word, place in places.items():
+                written = written.replace(word, str(place))
+            path.write_text(written)
+        return ["merge", path, site.out]
+
+    return arrange
+
+
+def plus(line: str) -> Arrange:
+    return recipe(f"{RECIPE}{line}\n")
+
+
+def mistake(name: str, arrange: Arrange, *words: str) -> ParameterSet:
+    return case(name, arrange, "recipe.yml", *words, code=2)
+
+
+LAUGHS = "a: &a [x]\n" + "".join(f"b{i}: &b{i} [*a, *a, *a, *a, *a]\n" for i in range(50))
+NO_MAPPING = "expected a mapping with merge_method, base_model, models"
+
+RECIPES = [
+    mistake("empty", recipe(""), NO_MAPPING),
+    mistake("only a comment", recipe("# nothing"), NO_MAPPING),
+    mistake("list", recipe("- a\n- b\n"), NO_MAPPING),
+    mistake("unknown key", plus("lamda: 1"), "lamda: unknown key", "did you mean 'lambda'?"),
+    mistake("key is a number", plus("7: 1"), "7: unknown key"),
+    mistake("unknown method", recipe(RECIPE.replace("resm", "tsvn")), "merge_method: got 'tsvn'",
+            "did you mean 'tsvm'?"),
+    mistake("no method", recipe(RECIPE.split("\n", 1)[1]), "merge_method: missing"),
+    mistake("method is a list", recipe(RECIPE.replace("resm", "[resm]")), "merge_method: got ['resm']"),
+    mistake("unknown parameter", plus("parameters: {sigm: 3}"), "parameters.sigm: unknown key",
+            "did you mean 'sigma'?"),
+    mistake("not a number", plus("parameters: {sigma: wide}"), "parameters.sigma: got 'wide'",
+            "expected a number"),
+    mistake("not a bool", plus("parameters: {mask_noise: 3}"), "mask_noise: got 3", "true or false"),
+    mistake("not a choice", plus("parameters: {rank: best}"), "rank: got 'best'", "sparsity, energy"),
+    mistake("not a mapping", plus("parameters: 3"), "parameters: got 3, expected a mapping"),
+    mistake("too small", plus("parameters: {sigma: -1}"), "sigma: got -1", "a number >= 0"),
+    mistake("too large", plus("parameters: {rank_sparsity: 1.5}"), "got 1.5", ">= 0 and <= 1"),
+    mistake("infinite", plus("lambda: .inf"), "lambda: got inf", "expected a number"),
+    mistake("400 digits", plus(f"lambda: 1{'0' * 400}"), "lambda: got 1000", "expected a number"),
+    mistake("two mistakes", plus("lamda: 1\ndtype: int8"), "2 mistakes", "lamda:", "dtype: got 'int8'"),
+    mistake("repeated key", plus("merge_method: tsvm"), "line 6: 'merge_method' stands twice"),
+    mistake("repeated inner key", plus("parameters: {sigma: 1, sigma: 2}"), "'sigma' stands twice"),
+    mistake("Python object", plus("lambda: !!python/object/apply:os.mkdir [code-ran]"),
+            "python/object/apply:os.mkdir", "line 6"),
+    mistake("Python name", plus("lambda: !!python/name:os.mkdir"), "python/name:os.mkdir"),
+    mistake("tag without its value", plus("lambda: !!bool maybe"), "not valid YAML"),
+    mistake("tag with nothing", plus("lambda: !!int ''"), "not valid YAML"),
+    mistake("tag on nonsense", plus("lambda: !!timestamp soon"), "not valid YAML"),
+    mistake("impossible date", plus("lambda: 2020-99-99"), "not valid YAML"),
+    mistake("alias bomb", recipe(LAUGHS), "anchors and aliases are not allowed"),
+    mistake("alias of itself", plus("parameters: &p {x: *p}"), "aliases are not allowed"),
+    mistake("merge key", plus("<<: {lambda: 1}"), "merge keys (<<) are not allowed"),
+    mistake("deep list", recipe("[" * 100_000), "nested too deeply"),
+    mistake("deep mapping", recipe("{a: " * 50_000), "nested too deeply"),
+    mistake("over 1 MB", recipe(b"#" * (1 << 20) + b"\n"), "longer than 1048576 bytes"),
+    mistake("no text", recipe(b"\xff\xfe\xff"), "not valid YAML"),
+    mistake("NUL", recipe(RECIPE + "\0"), "not valid YAML", "special characters"),
+    mistake("open bracket", plus("lambda: ["), "not valid YAML"),
+    mistake("two documents", plus("---\nlambda: 1"), "expected a single document"),
+    mistake("slices", plus("slices: []"), "slices: layer slicing is not supported"),
+    mistake("no base", recipe(RECIPE.replace("base_model: {base}\n", "")), "base_model: missing",
+            "resm merges changes against a base"),
+    mistake("base is a number", recipe(RECIPE.replace("{base}", "7")), "base_model: got 7"),
+    mistake("no models", recipe("merge_method: resm\nbase_model: {base}\nmodels: []\n"),
+            "models: expected a list"),
+    mistake("models is a mapping", recipe("merge_method: resm\nbase_model: x\nmodels: {model: y}\n"),
+            "models: expected a list"),
+    mistake("model is a text", plus("- some/model"), "models[2]: got 'some/model'"),
+    mistake("only the base", recipe("merge_method: resm\nbase_model: x\nmodels: [{model: x}]\n"),
+            "models: no model besides the base"),
+    mistake("unknown model key", plus("- {model: x, wieght: 2}"), "models[2].wieght: unknown key"),
+    mistake("weight is a text", plus("- {model: x, parameters: {weight: heavy}}"),
+            "models[2].parameters.weight: got 'heavy'", "expected a number"),
+    mistake("bad dtype", plus("dtype: floaty32"), "dtype: got 'floaty32'", "did you mean 'float32'?"),
+    mistake("dtype is a list", plus("dtype: [float32]"), "dtype: got ['float32']"),
+    mistake("out_dtype is a mapping", plus("out_dtype: {a: b}"), "out_dtype: got {'a': 'b'}"),
+    mistake("lambda twice", plus("lambda: 1\nparameters: {lambda: 2}"), "lambda: stands at the top",
+            "keep one"),
+    mistake("lambda of linear", recipe(RECIPE.replace("resm", "linear") + "lambda: 1\n"),
+            "lambda: linear has no such parameter"),
+    mistake("filter without value", plus("parameters: {sigma: [{filter: mlp}]}"),
+            "parameters.sigma[0]: no value"),
+    mistake("empty gradient", plus("parameters: {sigma: []}"), "parameters.sigma: got an empty list"),
+    mistake("tokenizer_source", plus("tokenizer_source: union"), "only 'base' is supported"),
+]  # fmt: skip
+
+
+# Commands
+
+
+def command(*argv: str) -> Arrange:
+    return lambda site: argv
+
+
+def wrong(name: str, options: str, *words: str) -> ParameterSet:
+    """A good merge with wrong options, which hold no spaces."""
+    return case(name, nothing, *words, code=2, options=options.split())
+
+
+def no_cuda(site: Site) -> None:
+    site.monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def recipe_and_base(site: Site) -> list[object]:
+    argv = recipe(RECIPE)(site) or ()
+    return [*argv, "--base", site.base, "--param", "sigma=1"]
+
+
+def base_not_utf8(site: Site) -> list[object]:
+    path = os.fsdecode(os.fsencode(site.base) + b"\xff")
+    os.rename(site.base, path)
+    return ["merge", "--base", path, "--expert", site.a, site.out]
+
+
+COMMANDS = [
+    case("nothing", command(), "usage: resm", "COMMAND", code=2),
+    case("unknown command", command("mrge"), "invalid choice: 'mrge'", code=2),
+    case("merge of nothing", command("merge"), "expected RECIPE.yml OUT", "no output folder", code=2),
+    case("three paths", command("merge", "a", "b", "c"), "expected RECIPE.yml OUT", "a b c", code=2),
+    case("no base", command("merge", "--expert", "x", "out"), "--base, --expert and OUT", code=2),
+    case("no expert", command("merge", "--base", "x", "out"), "--base, --expert and OUT", code=2),
+    case("recipe and --base", recipe_and_base, "--base, --param beside a recipe", code=2),
+    case("missing recipe", command("merge", "none.yml", "out"), "none.yml", "No such file", code=2),
+    case("recipe is a folder", command("merge", "in", "out"), "in: ", "Is a directory", code=2),
+    case("base is not UTF-8", base_not_utf8, "UTF-8", code=2),
+    case("no CUDA", no_cuda, "cuda is not there", "0 CUDA devices", "--device cpu",
+         code=2, options=("--device", "cuda")),
+    wrong("unknown device", "--device tpu", "device: got 'tpu'", "auto, cpu, cuda or cuda:N"),
+    wrong("negative device", "--device cuda:-1", "device: got 'cuda:-1'"),
+    wrong("unknown option", "--lambada 1", "unrecognized arguments: --lambada"),
+    wrong("unknown method", "--method resn", "merge_method: got 'resn'", "did you mean 'resm'?"),
+    wrong("one weight for two", "--weight 1", "one weight per expert", "1 weights for 2 experts"),
+    wrong("weight is a text", "--weight heavy", "--weight", "invalid float value: 'heavy'"),
+    wrong("weight is NaN", "--weight nan --weight 1", "models[0].parameters.weight: got nan"),
+    wrong("lambda is infinite", "--lambda inf", "lambda: got inf", "expected a number"),
+    wrong("param without value", "--param sigma", "--param: got 'sigma'", "NAME=VALUE"),
+    wrong("unknown param", "--param sigm=3", "parameters.sigm: unknown key", "did you mean 'sigma'?"),
+    wrong("param is no YAML", "--param sigma=[", "--param sigma: not a value: '['"),
+    wrong("param out of range", "--param sigma=-1", "parameters.sigma: got -1", ">= 0"),
+    wrong("param of 400 digits", f"--param sigma=1{'0' * 400}", "sigma: got 1000", "a number"),
+    wrong("param of 5000 digits", f"--param sigma=1{'0' * 5000}", "--param sigma"),
+    wrong("param impossible date", "--param sigma=2020-99-99", "--param sigma", "2020-99-99"),
+    wrong("param deep", f"--param sigma={'[' * 3000}", "--param sigma"),
+    case("param with a tag", nothing, "--param sigma", code=2,
+         options=("--param", "sigma=!!bool maybe")),
+    case("param with code", nothing, "--param sigma: not a value", code=2,
+         options=("--param", "sigma=!!python/object/apply:os.mkdir [code-ran]")),
+    wrong("out-dtype", "--out-dtype int8", "out_dtype: got 'int8'", "bfloat16"),
+    wrong("memory budget", "--memory-budget lots", "got size 'lots'", "5GB or 512MiB"),
+    wrong("negative budget", "--memory-budget=-1GB", "got size '-1GB'"),
+    wrong("endless budget", f"--memory-budget {'9' * 400}", "got size '999"),
+    wrong("shard size 0", "--shard-size 0", "got size '0'"),
+    wrong("no workers", "--workers 0", "workers: got 0", ">= 1"),
+    wrong("no threads", "--threads 0", "threads: got 0", ">= 1"),
+    wrong("threads is a text", "--threads many", "--threads", "invalid int value: 'many'"),
+    wrong("a hundred billion threads", "--threads 99999999999", "threads: got 99999999999"),
+    wrong("nonfinite", "--nonfinite maybe", "--nonfinite", "invalid choice: 'maybe'"),
+]  # fmt: skip
+
+
+# Outputs
+
+
+def output(place: str, make: Callable[[Path], object] | None = None, *options: str) -> Arrange:
+    """Merge to a place in the site, where something may already be."""
+
+    def arrange(site: Site) -> list[str]:
+        path = site.root / place
+        if make is not None:
+            make(path)
+        return site.argv(*options, out=path)
+
+    return arrange
+
+
+def occupied(path: Path) -> None:
+    path.mkdir()
+    (path / "keep.txt").write_text("precious")
+
+
+def link_to_expert(path: Path) -> None:
+    path.parent.symlink_to(path.parents[1] / "in" / "expert-a")
+
+
+def read_only_parent(site: Site) -> None:
+    parent = site.out.parent
+    parent.chmod(0o555)
+    if os.geteuid() == 0:  # whom modes do not stop: ask as somebody else would be answered
+        allowed = os.access
+        site.monkeypatch.setattr(
+            os, "access", lambda path, mode: Path(path) != parent and allowed(path, mode)
+        )
+
+
+def full_disk(site: Site) -> None:
+    site.monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+
+
+def disk_fills_up(site: Site) -> None:
+    def pwrite(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    site.monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+def no_more_threads(site: Site) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("resm-compute"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    site.monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def work_in_empty_folder(site: Site) -> list[str]:
+    folder = site.out.parent / "empty"
+    folder.mkdir()
+    site.monkeypatch.chdir(folder)
+    return site.argv(out=".")
+
+
+def unfinished(*options: str, damage: Callable[[Path], object] | None = None) -> Arrange:
+    """A command after an interrupted merge, whose second shard (holding norm) may be damaged."""
+
+    def arrange(site: Site) -> list[str]:
+        site.leave_unfinished()
+        if damage is not None:
+            damage(site.partial / SHARDS[1])
+        return site.argv(*SHARDED, *options)
+
+    return arrange
+
+
+def flip_last(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def foreign_partial(site: Site) -> None:
+    """Somebody's own folder under the working name, and a merge that will fail."""
+    occupied(site.partial)
+    tensors(L0=full(float("nan"), 8, 8))(site)
+
+
+def expert_is_partial(site: Site) -> list[object]:
+    shutil.copytree(site.a, site.partial)
+    return ["merge", "--base", site.base, "--expert", site.partial, "--resume", site.out]
+
+
+def replaced_by(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+RESUME = "--resume"
+OUTPUTS = [
+    case("not empty", output("work/merged", occupied), "work/merged: exists and is not empty"),
+    case("not empty, with --resume", output("work/merged", occupied, RESUME), "is not empty"),
+    case("not empty, dry run", output("work/merged", occupied, "--dry-run"), "is not empty"),
+    case("a file", output("work/merged", Path.touch), "work/merged: exists and is not a folder"),
+    case("a link to itself", output("work/merged", lambda p: p.symlink_to(p)), "work/merged"),
+    case("in an input", output("in/expert-a/merged"), "lies in the input folder", "in/expert-a"),
+    case("an input", output("in/expert-b"), "lies in the input folder", "in/expert-b"),
+    case("in an input by a link", output("link/merged", link_to_expert), "in the input folder"),
+    case("around the inputs", output("in"), "in: exists and is not empty"),
+    case("no parent", output("work/none/merged"), "work/none: no such folder"),
+    case("parent is a file", output("in/base/config.json/merged"), "config.json: no such folder"),
+    case("parent is read-only", read_only_parent, "work: no permission to write"),
+    case("the folder one is in", work_in_empty_folder, "resm: "),
+    case("300 letters", output("work/" + "x" * 300), "work/xxx", "File name too long"),
+    case("250 letters", output("work/" + "x" * 250), "work/xxx", "File name too long"),
+    case("not UTF-8", output(os.fsdecode(b"work/\xff")), "work", "UTF-8"),
+    case("disk is full", full_disk, "work: not enough disk space", "1,000 bytes free"),
+    case("disk fills up", disk_fills_up, "model.safetensors", "No space left", "free space"),
+    case("no more threads", no_more_threads, "thread"),
+    case("stale partial", unfinished(), "merged.partial: an unfinished merge", "--resume"),
+    case("partial is a file", output("work/merged", lambda p: Path(f"{p}.partial").touch(), RESUME),
+         "merged.partial", "Not a directory"),
+    case("partial is foreign", foreign_partial, "merged.partial", options=[RESUME]),
+    case("partial is an input", expert_is_partial, "merged.partial", "input folder"),
+    case("resumed by another recipe", unfinished(RESUME, "--method", "tsvm"),
+         "merged.partial", "has another plan", "resume with the recipe it was started with"),
+    case("kept shard changed", unfinished(RESUME, damage=flip_last),
+         f"{SHARDS[1]}: changed after it was finished", NORM),
+    case("kept shard is a folder", unfinished(RESUME, damage=replaced_by(Path.mkdir)), SHARDS[1]),
+    case("kept shard is a FIFO", unfinished(RESUME, damage=replaced_by(os.mkfifo)), SHARDS[1]),
+]  # fmt: skip
+
+
+# Verification
+
+
+def verify(damage: Callable[[Path], object]) -> Arrange:
+    """`resm verify` of a finished merge after damage to its folder."""
+
+    def arrange(site: Site) -> list[object]:
+        assert status(site.argv()) == 0
+        damage(site.out)
+        return ["verify", site.out]
+
+    return arrange
+
+
+def at(name: str, damage: Callable[[Path], object]) -> Arrange:
+    return verify(lambda folder: damage(folder / name))
+
+
+def manifest(**changes: object) -> Arrange:
+    """A manifest that is sealed well and says something else; None drops a key."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "resm_manifest.json"
+        content = {**json.loads(path.read_text()), **changes}
+        del content["sha256"]
+        path.write_bytes(seal({k: v for k, v in content.items() if v is not None}))
+
+    return verify(damage)
+
+
+def in_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
+
+
+W, MANIFEST, REPORT = "model.safetensors", "resm_manifest.json", "resm_report.json"
+OUTSIDE = {"../../in/base/config.json": {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}}
+BAD_RANGE = {"w": {"file": W, "range": [-5, "x"], "sha256": "0"}}
+
+VERIFICATIONS = [
+    case("no manifest", command("verify", "in/base"), f"in/base: no {MANIFEST}", "resm merge"),
+    case("no folder", command("verify", "nowhere"), f"nowhere: no {MANIFEST}"),
+    case("a file", command("verify", f"in/{A}"), f"in/{A}: no {MANIFEST}"),
+    case("300 letters", command("verify", "x" * 300), "xxxx"),
+    case("one bit of a tensor", at(W, flip_last), f"merged/{W}: tensor {NORM!r} differs"),
+    case("header", at(W, in_header), f"merged/{W}: its header differs"),
+    case("truncated", at(W, lambda p: os.truncate(p, 700)), f"{W}: 700 bytes", NORM),
+    case("longer", at(W, lambda p: os.truncate(p, 9000)), f"{W}: 9000 bytes instead of"),
+    case("gone", at(W, Path.unlink), f"merged/{W}: No such file"),
+    case("FIFO", at(W, replaced_by(os.mkfifo)), f"merged/{W}"),
+    case("folder", at(W, replaced_by(Path.mkdir)), f"merged/{W}", "Is a directory"),
+    case("config", at("config.json", lambda p: p.write_text("[]")), "config.json: its content differs"),
+    case("report gone", at(REPORT, Path.unlink), f"{REPORT}: cannot be read"),
+    case("report changed", at(REPORT, lambda p: p.write_text(p.read_text() + " ")),
+         f"{REPORT}: damaged"),
+    case("report FIFO", at(REPORT, replaced_by(os.mkfifo)), REPORT),
+    case("manifest changed", at(MANIFEST, lambda p: p.write_text(p.read_text().replace(NORM, L1))),
+         f"{MANIFEST}: damaged"),
+    case("manifest empty", at(MANIFEST, lambda p: p.write_text("")), f"{MANIFEST}: damaged"),
+    case("manifest deep", at(MANIFEST, lambda p: p.write_text("[" * 10**5)), f"{MANIFEST}: damaged"),
+    case("manifest no text", at(MANIFEST, lambda p: p.write_text('{"sha256": "\\ud800"}')),
+         f"{MANIFEST}: damaged"),
+    case("manifest of the future", manifest(format=99), MANIFEST, "format 99 is unknown"),
+    case("manifest without tensors", manifest(tensors=None), MANIFEST),
+    case("manifest of a list", manifest(files=[]), MANIFEST),
+    case("manifest with bad ranges", manifest(tensors=BAD_RANGE), MANIFEST),
+    case("manifest looks outside", manifest(files=OUTSIDE, tensors={}), MANIFEST, "../../in/base"),
+]  # fmt: skip
+
+
+def check_refusal(site: Site, case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = case.command(site)
+    before = snapshot(site.root)
+    capfd.readouterr()
+    found = status(argv)
+    out, err = capfd.readouterr()
+    assert found == case.code, err
+    assert out == ""
+    assert_message(err, case.words)
+    assert snapshot(site.root) == before
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_file(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    check_refusal(site, case, capfd)
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_bad_index(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    check_refusal(site, case, capfd)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", BINS)
+def test_bad_torch_file(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    check_refusal(site, case, capfd)
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_misfit(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    check_refusal(site, case, capfd)
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_bad_recipe(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    check_refusal(site, case, capfd)
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_bad_command(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    check_refusal(site, case, capfd)
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_bad_output(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    check_refusal(site, case, capfd)
+
+
+@pytest.mark.parametrize("case", VERIFICATIONS)
+def test_failed_verification(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    check_refusal(site, case, capfd)
+
+
+# Input that may merge or be refused, as long as the result is whole or nothing
+
+
+def options(*words: str) -> Arrange:
+    return lambda site: site.argv(*words)
+
+
+def journal(change: Callable[[list[bytes]], Iterable[bytes]]) -> Arrange:
+    """Resume an interrupted merge after its journal was changed line by line."""
+
+    def arrange(site: Site) -> list[str]:
+        site.leave_unfinished()
+        path = site.partial / "resm_journal.jsonl"
+        path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+        return site.argv(*SHARDED, RESUME)
+
+    return arrange
+
+
+def without_results(lines: list[bytes]) -> list[bytes]:
+    shard = {**json.loads(lines[1]), "results": {}}
+    return [lines[0], canonical_json(shard) + b"\n"]
+
+
+EITHER = [
+    case("outlier_power -1e5", options("--param", "outlier_power=-1e5")),
+    case("outlier_power 1e308", options("--param", "outlier_power=1e308")),
+    case("sigma 1e308", options("--param", "sigma=1e308")),
+    case("noise_floor 1e308", options("--param", "noise_floor=1e308")),
+    case("lambda 1e308", options("--lambda", "1e308")),
+    case("lambda -1e308", options("--lambda=-1e308")),
+    case("weights 1e308", options("--weight", "1e308", "--weight", "1e308")),
+    case("weights that cancel", options("--weight", "1", "--weight=-1", "--method", "linear")),
+    case("no rank", options("--param", "rank=fixed", "--param", "rank_fraction=0")),
+    case("a million workers", options("--workers", "1000000")),
+    case("tags of rich in a name", everywhere(W, safetensors({"a[/b]": entry()}, bytes(16)))),
+    case("journal is a list", journal(lambda lines: [b"[1]\n"])),
+    case("journal is no text", journal(lambda lines: [b"\xff\n"])),
+    case("journal is deep", journal(lambda lines: [b"[" * 100_000, b"\n"])),
+    case("journal with surrogates", journal(lambda lines: [b'{"plan_id":"\\ud800"}\n'])),
+    case("journal cut short", journal(lambda lines: [*lines[:-1], lines[-1][:50]])),
+    case("journal of unknown shards", journal(lambda lines: [lines[0], b'{"shard":"x"}\n'])),
+    case("journal without a shard", journal(lambda lines: [lines[0], b"{}\n"])),
+    case("journal without results", journal(without_results)),
+]
+
+
+@pytest.mark.parametrize("case", EITHER)
+def test_all_or_nothing(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = case.command(site)
+    before = snapshot(site.root / "in")
+    capfd.readouterr()
+    found = status(argv)
+    out, err = capfd.readouterr()
+    assert snapshot(site.root / "in") == before
+    if found == 0:
+        assert status(["verify", site.out]) == 0
+        assert not site.partial.exists()
+        return
+    assert found in (1, 2)
+    assert out == ""
+    assert_message(err, ["resm: "])
+    assert not site.out.exists()
+
+
+def test_the_site_merges(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without damage there is nothing to refuse; otherwise the tables would prove nothing."""
+    before = snapshot(site.root / "in")
+    assert status(site.argv()) == 0
+    assert status(["verify", site.out]) == 0
+    assert snapshot(site.root / "in") == before
+    argv = recipe(RECIPE)(site) or ()
+    assert status([*argv[:-1], site.root / "by-recipe"]) == 0
+    merged = [(folder / W).read_bytes() for folder in (site.out, site.root / "by-recipe")]
+    assert merged[0] == merged[1]
+    site.out = site.root / "resumed"
+    site.partial = site.root / "resumed.partial"
+    assert status(unfinished(RESUME)(site) or ()) == 0
+
+
+def test_the_bomb_is_live(site: Site) -> None:
+    """What the `.bin` cases hold does run code in a loader that lets it."""
+    binary(lambda site: torch_bytes({"w": bomb(site)}))(site)
+    torch.load(site.a / "pytorch_model.bin", weights_only=False)
+    assert (site.root / "code-ran").is_dir()
+
+
+def test_brackets_in_a_pattern(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """`[/0]` is a shell pattern, not a tag of the table that shows it."""
+    argv = site.argv("--dry-run", "--param", "exclude=['*[/.]0.weight']")
+    assert status(argv) == 0
+    assert "excluded by *[/.]0.weight" in capfd.readouterr().out
+
+
+def test_input_changed_during_the_merge(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """What was read may be a mixture: never finished, finished shards kept."""
+    check = pipeline._check_inputs_unchanged
+
+    def change(plan: pipeline.MergePlan) -> None:
+        flip_last(site.a / W)
+        check(plan)
+
+    site.monkeypatch.setattr(pipeline, "_check_inputs_unchanged", change)
+    assert status(site.argv(*SHARDED)) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert_message(err, [A, "the file changed after the merge was planned"])
+    assert not site.out.exists()
+    assert {p.name for p in site.partial.iterdir()} == {*SHARDS, "resm_journal.jsonl"}
+
+
+# The real command, in a process of its own
+
+
+def large(site: Site) -> None:
+    for folder in site.models:
+        write_model(folder, {L0: torch.randn(256, 256)})
+
+
+PROCESSES = [
+    case("no arguments", command(), "usage: resm", code=2),
+    case("truncated file", raw(lambda good: good[:-1]), A, "data do not end with the file"),
+    case("bad recipe", plus("lamda: 1"), "recipe.yml", "did you mean 'lambda'?", code=2),
+    case("Hub id, offline", model_argument("nobody/nothing-here"),
+         "nobody/nothing-here", "the Hub is out of reach"),
+    case("file size limit", large, f"merged.partial/{W}", "File too large", "raise the limit"),
+]  # fmt: skip
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("case", PROCESSES)
+def test_process(case: Case, site: Site, tmp_path: Path) -> None:
+    """Every one of them has no network and may write no file above 64 KiB."""
+    script = Path(sys.executable).with_name("resm")
+    argv = case.command(site)
+    before = snapshot(site.root)
+    done = subprocess.run(
+        [script, *argv],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
+        preexec_fn=limit_file_size,
+    )
+    assert done.returncode == case.code, done.stderr
+    assert done.stdout == ""
+    assert_message(done.stderr, case.words)
+    assert snapshot(site.root) == before

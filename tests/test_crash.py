@@ -1,0 +1,305 @@
+"""Nothing incomplete looks complete: killed processes, resumed merges, damaged outputs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import resm_kernels
+from resm_kernels.checkpoint import files, journal, writer
+from resm_kernels.checkpoint.journal import JOURNAL, OutputFolder
+from resm_kernels.engine import pipeline
+from resm_kernels.errors import OutputError, ResmError, VerificationError
+from tests.checkpoints import contents, save_family
+
+SHARDS = "700B"
+REPORT = "resm_report.json"
+
+
+def same_but_report(a: Path, b: Path) -> bool:
+    one, two = contents(a), contents(b)
+    one.pop(REPORT), two.pop(REPORT)
+    return one == two
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], Path]:
+    """A base, its experts, and what an uninterrupted merge makes of them."""
+    folder = tmp_path_factory.mktemp("family")
+    base, experts = save_family(folder)
+    resm_kernels.merge(base, experts, folder / "whole", shard_size=SHARDS)
+    return base, experts, folder / "whole"
+
+
+CALLS = ("pwrite", "fsync", "rename", "mkdir", "write", "unlink", "posix_fallocate")
+"""What touches the disk on the way from nothing to a finished folder."""
+
+
+def _merge_and_die(base: Path, experts: list[Path], output: Path, step: int) -> None:
+    """Merge in this process and kill it, as `kill -9` does, just before system call `step`."""
+    count = 0
+    lock = threading.Lock()
+
+    def deadly(call: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*arguments: object, **options: object) -> object:
+            nonlocal count
+            with lock:
+                count += 1
+                if count == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    for name in CALLS:
+        setattr(os, name, deadly(getattr(os, name)))
+    resm_kernels.merge(base, experts, output, shard_size=SHARDS)
+    os._exit(77)
+
+
+def in_child(work: Callable[..., None], *arguments: object) -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, "the child hangs"
+    return process.exitcode
+
+
+def test_killed_anywhere_a_merge_resumes_to_the_same_bytes(
+    family: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, experts, whole = family
+    steps = sorted(random.Random(0).sample(range(1, 75), 20))
+    kept_at = []
+    for step in steps:
+        output = tmp_path / f"out{step}"
+        status = in_child(_merge_and_die, base, experts, output, step)
+        if status == 77:
+            assert same_but_report(output, whole)
+            continue
+        assert status == -signal.SIGKILL
+        if output.exists():
+            resm_kernels.verify(output)
+            assert same_but_report(output, whole)
+            continue
+        report = resm_kernels.merge(base, experts, output, shard_size=SHARDS, resume=True)
+        kept_at.append(report.kept_shards)
+        assert same_but_report(output, whole), f"killed before call {step}"
+        assert not output.with_name(output.name + ".partial").exists()
+    assert max(kept_at) >= 2, "no kill point left finished shards: the test proves nothing"
+    assert min(kept_at) == 0
+
+
+def break_off_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a merge fail once that many shards are journalled."""
+    original = OutputFolder.shard_done
+
+    def failing(self: OutputFolder, *arguments: object) -> None:
+        original(self, *arguments)  # type: ignore[arg-type]
+        if len(self.kept) == shards:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(OutputFolder, "shard_done", failing)
+
+
+def interrupted(
+    family: tuple[Path, list[Path], Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    base, experts, _ = family
+    with monkeypatch.context() as patch:
+        break_off_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            resm_kernels.merge(base, experts, output, shard_size=SHARDS)
+    partial = output.with_name(output.name + ".partial")
+    assert partial.exists()
+    assert not output.exists()
+    return partial
+
+
+def test_resume_does_only_the_unfinished_work(
+    family: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts, whole = family
+    partial = interrupted(family, tmp_path / "out", monkeypatch)
+    kept = {path.name for path in partial.glob("*.safetensors")}
+    plan = resm_kernels.plan(base, experts, shard_size=SHARDS)
+    report = resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS, resume=True)
+    assert report.kept_shards == len(kept) >= 2
+    done = {slot.name for layout in plan.layouts if layout.name in kept for slot in layout.slots}
+    left = [t for t in plan.tensors if t.name not in done]
+    assert report.read_bytes == sum(t.read_bytes for t in left) < plan.read_bytes
+    assert report.tensors.keys() == {t.name for t in plan.tensors}
+    assert same_but_report(tmp_path / "out", whole)
+
+
+def test_resume_refuses_a_kept_shard_that_changed(
+    family: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts, whole = family
+    partial = interrupted(family, tmp_path / "out", monkeypatch)
+    shard = sorted(partial.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(OutputError, match=r"changed after it was finished") as caught:
+        resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS, resume=True)
+    assert str(shard) in str(caught.value)
+    assert "lm_head.weight" in str(caught.value)
+    shard.unlink()
+    report = resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS, resume=True)
+    assert report.kept_shards == 1
+    assert same_but_report(tmp_path / "out", whole)
+
+
+def test_resume_refuses_another_plan(
+    family: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts, _ = family
+    interrupted(family, tmp_path / "out", monkeypatch)
+    for change in ({"method": "tsvm"}, {"shard_size": "800B"}, {"threads": 2}):
+        options = {"shard_size": SHARDS, **change}
+        with pytest.raises(OutputError, match="another plan"):
+            resm_kernels.merge(base, experts, tmp_path / "out", resume=True, **options)
+    touched = experts[0] / "model.safetensors"
+    before = touched.stat()
+    os.utime(touched)
+    with pytest.raises(OutputError, match="another plan"):
+        resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS, resume=True)
+    os.utime(touched, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(OutputError, match="an unfinished merge lies there"):
+        resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS)
+
+
+def test_a_torn_last_journal_line_is_work_not_done(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "out", "plan")
+    folder.shard_done("a", "0" * 64, {}, {})
+    folder.shard_done("b", "1" * 64, {}, {})
+    folder.close()
+    path = folder.path / JOURNAL
+    whole = path.read_bytes()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole[:-cut])
+        again = OutputFolder(tmp_path / "out", "plan")
+        lines = whole[:-cut].count(b"\n")
+        assert len(again.kept) == max(lines - 1, 0)
+        again.shard_done("c", "2" * 64, {}, {})
+        again.close()
+        third = OutputFolder(tmp_path / "out", "plan")
+        assert list(third.kept)[-1] == "c"
+        third.close()
+
+
+def test_two_merges_cannot_share_an_output(tmp_path: Path) -> None:
+    first = OutputFolder(tmp_path / "out", "plan")
+    with pytest.raises(OutputError, match="another merge is writing there"):
+        OutputFolder(tmp_path / "out", "plan")
+    first.close()
+    OutputFolder(tmp_path / "out", "plan").close()
+
+
+STAGES = {
+    "read": (pipeline.TensorReader, "read"),
+    "compute": (pipeline, "merge_planned"),
+    "write": (writer.ShardFile, "write"),
+    "finish": (writer.ShardFile, "finish"),
+    "journal": (OutputFolder, "shard_done"),
+    "companions": (pipeline, "companion_files"),
+    "manifest": (pipeline, "build_manifest"),
+    "rename": (journal.os, "rename"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("failure", [MemoryError("x"), OSError(5, "Input/output error")])
+def test_a_failure_in_any_stage_ends_the_merge_at_once(
+    stage: str,
+    failure: Exception,
+    family: tuple[Path, list[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, experts, whole = family
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise failure
+
+    start = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(*STAGES[stage], fail)
+        with pytest.raises((type(failure), ResmError)):
+            resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS)
+    assert time.monotonic() - start < 10
+    assert not (tmp_path / "out").exists()
+    assert not [t for t in threading.enumerate() if t.name.startswith("resm-")]
+    resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS, resume=True)
+    assert same_but_report(tmp_path / "out", whole)
+
+
+def test_every_flipped_byte_of_an_output_is_found(
+    family: tuple[Path, list[Path], Path],
+) -> None:
+    """Every file, every 7th byte and every byte of the manifest's and the report's ends."""
+    _, _, whole = family
+    for path in sorted(p for p in whole.rglob("*") if p.is_file()):
+        original = path.read_bytes()
+        places = {*range(0, len(original), 7), *range(min(len(original), 64)), len(original) - 1}
+        if path.suffix == ".json":
+            places = set(random.Random(1).sample(sorted(places), min(len(places), 150)))
+        for place in places:
+            damaged = bytearray(original)
+            damaged[place] ^= 1 << (place % 8)
+            path.write_bytes(bytes(damaged))
+            with pytest.raises(VerificationError, match=path.name):
+                resm_kernels.verify(whole)
+        for size in (0, len(original) // 2, len(original) - 1):
+            path.write_bytes(original[:size])
+            with pytest.raises(VerificationError, match=path.name):
+                resm_kernels.verify(whole)
+        path.unlink()
+        with pytest.raises(VerificationError, match=path.name):
+            resm_kernels.verify(whole)
+        path.write_bytes(original)
+    (whole / "added.txt").write_text("x")
+    assert resm_kernels.verify(whole).unlisted == ("added.txt",)
+    (whole / "added.txt").unlink()
+
+
+def test_verify_names_the_damaged_tensor(family: tuple[Path, list[Path], Path]) -> None:
+    _, _, whole = family
+    manifest = files.unseal(whole / "resm_manifest.json")
+    for name, tensor in manifest["tensors"].items():
+        path = whole / tensor["file"]
+        original = path.read_bytes()
+        damaged = bytearray(original)
+        damaged[tensor["range"][0]] ^= 0x80
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(VerificationError) as caught:
+            resm_kernels.verify(whole)
+        assert f"{path}: tensor {name!r} differs" in str(caught.value)
+        assert str(caught.value).count("differs") == 1
+        path.write_bytes(original)
+
+
+def test_a_disk_that_returns_other_bytes_is_caught_before_the_shard_has_a_name(
+    family: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts, _ = family
+    original = os.pwrite
+
+    def lying(descriptor: int, data: memoryview, offset: int) -> int:
+        if offset > 600:
+            data = memoryview(bytes(len(data)))
+        return original(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", lying)
+    with pytest.raises(OutputError, match="read back differs from what was written"):
+        resm_kernels.merge(base, experts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,167 @@
+"""The recipe dialect: parsing, resolution per tensor, and mistakes reported together."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resm_kernels.errors import RecipeError, ResmError
+from resm_kernels.recipe import build_recipe, layer_positions, load_recipe, parse_recipe
+
+GOOD = """
+merge_method: resm
+base_model: org/base@v1
+models:
+  - model: experts/a
+    parameters: {weight: 0.5}
+  - model: experts/b
+parameters:
+  sigma: 2.5
+  outlier_power:
+    - {filter: self_attn, value: [0, 1]}
+    - value: 0.5
+lambda: 0.8
+out_dtype: bfloat16
+"""
+
+
+def test_a_full_recipe_resolves_per_tensor() -> None:
+    recipe = parse_recipe(GOOD)
+    assert recipe.method == "resm"
+    assert recipe.base.repo == ("org/base", "v1")
+    assert recipe.weights("x", 0.0) == (0.5, 1.0)
+    options = recipe.options("model.layers.1.self_attn.q_proj.weight", 0.75)
+    assert (options.lambda_, options.sigma, options.outlier_power) == (0.8, 2.5, 0.75)
+    assert recipe.options("model.layers.1.mlp.up_proj.weight", 0.75).outlier_power == 0.5
+
+
+def test_a_recipe_survives_its_own_dictionary() -> None:
+    recipe = parse_recipe(GOOD)
+    again = build_recipe(recipe.to_dict(), "again")
+    assert again == recipe
+
+
+def test_layer_positions_follow_the_first_number_of_each_stack() -> None:
+    names = [
+        "embed.weight",
+        "model.layers.0.a",
+        "model.layers.1.experts.7.a",
+        "model.layers.2.a",
+        "encoder.0.a",
+        "lm_head.weight",
+    ]
+    assert layer_positions(names) == {
+        "embed.weight": 0.0,
+        "model.layers.0.a": 0.0,
+        "model.layers.1.experts.7.a": 0.5,
+        "model.layers.2.a": 1.0,
+        "encoder.0.a": 1.0,
+        "lm_head.weight": 0.0,
+    }
+
+
+def test_the_base_among_the_models_is_not_an_expert_of_itself() -> None:
+    text = "merge_method: tsvm\nbase_model: b\nmodels: [{model: b}, {model: e}]"
+    assert [str(e.model) for e in parse_recipe(text).experts] == ["e"]
+    linear = text.replace("tsvm", "linear")
+    assert [str(e.model) for e in parse_recipe(linear).experts] == ["b", "e"]
+    without = "merge_method: linear\nmodels: [{model: a}, {model: e}]"
+    assert str(parse_recipe(without).base) == "a"
+
+
+RESM = "merge_method: resm\nbase_model: b\nmodels: [{model: a}]\n"
+LINEAR = "merge_method: linear\nmodels: [{model: a}]\n"
+MISTAKES = {
+    "merge_metod: resm": "merge_metod: unknown key; .*did you mean 'merge_method'",
+    "merge_method: tvsm": "expected one of .*did you mean 'tsvm'",
+    "merge_method: resm\nmodels: [{model: a}]": "base_model: missing",
+    "merge_method: linear\nmodels: []": "models: expected a list",
+    "merge_method: linear\nmodels: [a]": r"models\[0\]: got 'a'",
+    "merge_method: linear\nmodels: [{model: 3}]": r"models\[0\].model: got 3",
+    "merge_method: linear\nmodels: [{model: a, weight: 1}]": r"models\[0\].weight: unknown key",
+    "merge_method: linear\nmodels: [{model: a, parameters: {weight: x}}]": "got 'x', expected a ",
+    LINEAR + "parameters: {normalize: 1}": "expected true or f",
+    LINEAR + "lambda: 1": "linear has no such parameter",
+    LINEAR + "dtype: bf16": "dtype: got 'bf16'",
+    LINEAR + "slices: []": "slices: layer slicing is not supp",
+    LINEAR + "tokenizer_source: union": "only 'base'",
+    RESM + "parameters: {sigma: -1}": ">= 0",
+    RESM + "parameters: {sigma: .nan}": "number",
+    RESM + "parameters: {sgma: 1}": "mean 'sigma'",
+    RESM + "parameters: {rank: big}": "one of spa",
+    RESM + "parameters: {sigma: []}": "empty list",
+    "merge_method: resm\nbase_model: b\nmodels: [{model: b}]": "no model besides the base",
+    RESM + "lambda: 1\nparameters: {lambda: 1}": ("lambda: stands at the top and under parameters"),
+    "merge_method: linear\nbase_model: b\nmodels: [{model: a}]\nparameters: {weight: 1}": (
+        "list the base under models"
+    ),
+    "a: 1\na: 2": "'a' stands twice",
+    "a: &x [1]\nb: *x": "aliases are not allowed",
+    "a: !!python/object/apply:os.system [true]": "could not determine a constructor",
+    "[1, 2]": "expected a mapping",
+    "a: {<<: {b: 1}}": "merge keys",
+    "a: [": "not valid YAML",
+    "[" * 3000: "not valid YAML|nested too deeply",
+    "": "expected a mapping",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES, ids=lambda text: text[:40].replace("\n", ";"))
+def test_mistakes_say_what_is_wrong(text: str) -> None:
+    with pytest.raises(RecipeError, match=MISTAKES[text]):
+        parse_recipe(text)
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    text = "merge_method: resm\nmodels: [{modl: a}]\nparameters: {sigma: x}\ndtype: int8"
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yml")
+    assert len(caught.value.mistakes) == 5
+    assert str(caught.value).startswith("r.yml: 5 mistakes")
+
+
+def test_a_long_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "r.yml"
+    path.write_bytes(b"# " + b"x" * (2 << 20))
+    with pytest.raises(RecipeError, match="longer than"):
+        load_recipe(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=12,
+)
+KEYS = st.sampled_from(
+    ["merge_method", "base_model", "models", "parameters", "lambda", "dtype", "out_dtype", "x"]
+)
+MODELS = st.lists(
+    st.fixed_dictionaries({"model": st.text(max_size=4)}, optional={"parameters": JSON}), max_size=3
+)
+
+
+@given(
+    st.dictionaries(KEYS, JSON),
+    st.sampled_from(["resm", "linear", "iso_c"]) | JSON,
+    MODELS | JSON,
+)
+def test_any_data_give_a_recipe_or_a_clear_error(
+    content: dict[str, object], method: object, models: object
+) -> None:
+    try:
+        recipe = build_recipe({**content, "merge_method": method, "models": models}, "fuzz")
+    except ResmError:
+        return
+    recipe.options("model.layers.0.w", 0.5)
+    recipe.weights("model.layers.0.w", 0.5)
+    assert build_recipe(recipe.to_dict(), "again") == recipe
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200))
+def test_any_text_gives_a_recipe_or_a_clear_error(text: bytes | str) -> None:
+    with contextlib.suppress(ResmError):
+        parse_recipe(text)
