@@ -17,6 +17,7 @@ from resm_kernels.engine.plan import MergePlan, make_plan
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import NonFiniteError, UsageError
 from resm_kernels.methods import find_method, merge_weight
+from resm_kernels.ops.dtypes import is_finite
 from resm_kernels.recipe import Recipe, build_recipe, layer_positions, load_recipe
 from resm_kernels.report.card import model_card
 
@@ -244,7 +245,7 @@ def merge_tensors(
             )
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise UsageError(f"{who} has dtype {tensor.dtype}", expected="a float of 16 to 64 bits")
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise NonFiniteError(f"{who} holds NaN or Inf")
     options = chosen.make_options(parameters or {})
     dtype = base.dtype if out_dtype is None else out_dtype

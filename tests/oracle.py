@@ -1,4 +1,4 @@
-"""The textbook, in NumPy, sharing no code with the package; float64 unless told otherwise."""
+"""The methods in NumPy and float64, and the float32 textbook; no code shared with the package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Matrix = npt.NDArray[np.floating]
 
@@ -26,23 +27,41 @@ def polar(panel: Matrix) -> Matrix:
     return u[:, kept] @ vt[kept]
 
 
+def clamped(deltas: Sequence[Matrix], rank: int) -> list[int]:
+    """The rank of every expert, at most its numerical rank."""
+    values = [np.linalg.svd(delta.astype(np.float64), compute_uv=False) for delta in deltas]
+    return [min(rank, rank_of(s, max(deltas[0].shape))) for s in values]
+
+
 def tsvm(
-    deltas: Sequence[Matrix],
-    ranks: Sequence[int],
-    weights: Sequence[float] | None = None,
-    dtype: type = np.float64,
+    deltas: Sequence[Matrix], ranks: Sequence[int], weights: Sequence[float] | None = None
 ) -> Matrix:
     """polar(U) diag(w S) polar(V)^T by singular value decompositions, ranks clamped."""
     us, ss, vs = [], [], []
     for t, delta in enumerate(deltas):
-        u, s, vt = np.linalg.svd(delta.astype(dtype), full_matrices=False)
-        exact = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
-        r = min(ranks[t], rank_of(exact, max(delta.shape)))
+        u, s, vt = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
+        r = min(ranks[t], rank_of(s, max(delta.shape)))
         us.append(u[:, :r])
-        ss.append(s[:r] * dtype(1.0 if weights is None else weights[t]))
+        ss.append(s[:r] * (1.0 if weights is None else weights[t]))
         vs.append(vt[:r].T)
     left, right = np.concatenate(us, axis=1), np.concatenate(vs, axis=1)
     return (polar(left) * np.concatenate(ss)) @ polar(right).T
+
+
+def textbook(deltas: Sequence[torch.Tensor], ranks: Sequence[int]) -> torch.Tensor:
+    """TSV-M as published, five float32 SVDs: one to truncate each delta, two to orthogonalise.
+
+    In torch, since NumPy computes float32 SVDs in float64. Ranks must be numerical ranks at most.
+    """
+    us, ss, vs = [], [], []
+    for t, delta in enumerate(deltas):
+        u, s, vt = torch.linalg.svd(delta.float(), full_matrices=False)
+        us.append(u[:, : ranks[t]])
+        ss.append(s[: ranks[t]])
+        vs.append(vt[: ranks[t]])
+    left, _, left_t = torch.linalg.svd(torch.cat(us, 1), full_matrices=False)
+    right, _, right_t = torch.linalg.svd(torch.cat(vs, 0), full_matrices=False)
+    return (left @ left_t) * torch.cat(ss) @ (right @ right_t)
 
 
 def iso_c(deltas: Sequence[Matrix]) -> Matrix:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 LETTERS = tuple("abcdefghijklmnop")
+COUNTED = LETTERS[:6]
 DIGITS = tuple("0123456789")
-SYMBOLS = ("+", "?", "=")
 
 Split = Literal["train", "validation", "test"]
 
@@ -24,16 +24,27 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Skill:
-    """One thing that an expert learns; `draw` makes one example, whatever its split."""
+    """What one expert learns.
+
+    Attributes
+    ----------
+    name, summary : str
+        The prompt's first word, and the skill for people.
+    share : float
+        Share of the base's training mixture; the shares of all skills sum to 1.
+    draw : callable
+        Makes one example, whatever its split.
+    """
 
     name: str
     summary: str
+    share: float
     draw: Callable[[random.Random], Example]
 
 
-def _draw_sort(rng: random.Random) -> Example:
-    letters = rng.sample(LETTERS, 6)
-    return Example(f"sort {' '.join(letters)} =", " ".join(sorted(letters)))
+def _draw_reverse(rng: random.Random) -> Example:
+    letters = [rng.choice(LETTERS) for _ in range(10)]
+    return Example(f"reverse {' '.join(letters)} =", " ".join(reversed(letters)))
 
 
 def _draw_add(rng: random.Random) -> Example:
@@ -42,25 +53,26 @@ def _draw_add(rng: random.Random) -> Example:
     return Example(prompt, " ".join(f"{left + right:03d}"))
 
 
-def _draw_recall(rng: random.Random) -> Example:
-    keys = rng.sample(LETTERS, 5)
-    values = [rng.choice(DIGITS) for _ in keys]
-    asked = rng.randrange(len(keys))
-    pairs = " ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-    return Example(f"recall {pairs} ? {keys[asked]} =", values[asked])
+def _draw_count(rng: random.Random) -> Example:
+    asked, count = rng.choice(COUNTED), rng.randrange(10)
+    others = [letter for letter in COUNTED if letter != asked]
+    letters = [asked] * count + [rng.choice(others) for _ in range(10 - count)]
+    rng.shuffle(letters)
+    return Example(f"count {asked} in {' '.join(letters)} =", str(count))
 
 
 SKILLS = (
-    Skill("sort", "six letters into alphabetical order", _draw_sort),
-    Skill("add", "the sum of two two-digit numbers", _draw_add),
-    Skill("recall", "the value of one of five keys given in the prompt", _draw_recall),
+    Skill("reverse", "ten letters backwards", 0.15, _draw_reverse),
+    Skill("add", "the sum of two two-digit numbers", 0.5, _draw_add),
+    Skill("count", "how often a letter occurs among ten", 0.35, _draw_count),
 )
 
-VOCABULARY = ("<pad>", "<eos>", *(skill.name for skill in SKILLS), *SYMBOLS, *LETTERS, *DIGITS)
+PAD, END = "<pad>", "<eos>"
+VOCABULARY = (PAD, END, "reverse", "add", "count", "in", "+", "=", *LETTERS, *DIGITS)
 
 
 def split_of(prompt: str) -> Split:
-    """The split that a prompt belongs to, by its hash: 80 % train, 10 % validation, 10 % test."""
+    """The split that a prompt belongs to by its hash: 80 % train, 10 % validation, 10 % test."""
     bucket = hashlib.sha256(prompt.encode()).digest()[0]
     if bucket < 205:
         return "train"
@@ -68,7 +80,7 @@ def split_of(prompt: str) -> Split:
 
 
 def draw(skill: Skill, split: Split, rng: random.Random) -> Example:
-    """One example of a split; the same prompt may be drawn again."""
+    """One example of a split; the same prompt may come again."""
     while True:
         example = skill.draw(rng)
         if split_of(example.prompt) == split:
@@ -76,14 +88,14 @@ def draw(skill: Skill, split: Split, rng: random.Random) -> Example:
 
 
 def held_out(skill: Skill, split: Split, count: int, seed: int) -> list[Example]:
-    """Different examples of one split, the same for the same seed.
+    """Different examples of one split, the same ones for the same seed.
 
     Parameters
     ----------
     skill : Skill
     split : {"train", "validation", "test"}
     count : int
-        How many; every skill has at least 900 prompts in each split.
+        At most 900: addition has 10 000 prompts in all.
     seed : int
     """
     rng = random.Random(f"{seed} {skill.name} {split}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import platform
 import threading
 import time
@@ -28,6 +27,7 @@ from resm_kernels.engine.plan import PREFETCH, MergePlan, PlannedTensor, check_d
 from resm_kernels.engine.result import MergeReport, TensorResult
 from resm_kernels.errors import NonFiniteError, NumericsError, ResmError
 from resm_kernels.methods import METHODS, Merged, merge_weight
+from resm_kernels.ops.dtypes import is_finite
 
 LOG = logging.getLogger(__name__)
 
@@ -321,18 +321,11 @@ def merge_planned(plan: MergePlan, tensor: PlannedTensor, inputs: list[torch.Ten
             f"tensor {tensor.name!r}: {plan.device} is out of memory", fix="use --device cpu"
         ) from error
     result = merged.tensor.cpu()
-    if not _is_finite(result):
+    if not is_finite(result):
         notes += _overflow(plan, tensor, result)
     if mask is not None:
         result = torch.where(mask, original.to(out_dtype), result)
     return replace(merged, tensor=result, notes=(*merged.notes, *notes))
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every value is finite: one reduction, no mask (a finite sum may still overflow)."""
-    return math.isfinite(float(tensor.sum(dtype=torch.float64))) or bool(
-        torch.isfinite(tensor).all()
-    )
 
 
 def _screen(
@@ -342,7 +335,7 @@ def _screen(
     mask: torch.Tensor | None = None
     notes = []
     for source, value in zip(tensor.sources, inputs, strict=True):
-        if _is_finite(value):
+        if is_finite(value):
             continue
         bad = ~torch.isfinite(value)
         count = int(bad.sum())

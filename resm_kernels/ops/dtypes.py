@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 
-CHUNK = 1 << 18
-"""Elements per piece on the CPU: a few fp32 pieces of this size stay in the L2 cache."""
+CHUNK = 1 << 16
+"""Elements per piece: a few float32 pieces of this size stay in a core's L2 cache."""
 
 
 def compute_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
@@ -18,3 +19,16 @@ def compute_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
 def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
     """Slices that cover `range(count)` in order, `size` elements each but the last."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def scratch(count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised buffer for one piece, taken once per call instead of once per piece."""
+    return torch.empty(min(count, CHUNK), dtype=dtype, device=like.device)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is finite: one reduction, which NaN and Inf both pass through.
+
+    A sum that overflows although every value is finite is told apart by a second look.
+    """
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())

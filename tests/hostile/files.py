@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 SMALL = 1 << 20
+CONFIG = '{"model_type": "tiny"}\n'
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -27,7 +28,7 @@ def write_model(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """A healthy checkpoint folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(CONFIG)
 
 
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from resm_kernels.ops.dtypes import chunks, compute_dtype
+from resm_kernels.ops.dtypes import chunks, compute_dtype, scratch
 
 
 def weighted_sum(
@@ -22,13 +22,15 @@ def weighted_sum(
     """
     dtype = compute_dtype(tensors)
     flat = [tensor.reshape(-1) for tensor in tensors]
-    divisor = torch.tensor(weights, dtype=dtype).sum().item() if normalize else 1.0
+    divisor = float(torch.tensor(weights, dtype=dtype).sum())
     out = torch.empty(tensors[0].shape, dtype=out_dtype, device=tensors[0].device)
     target = out.view(-1)
+    total_buffer, value_buffer = (scratch(target.numel(), out, dtype) for _ in range(2))
     for piece in chunks(target.numel()):
-        total = torch.zeros(piece.stop - piece.start, dtype=dtype, device=out.device)
+        count = piece.stop - piece.start
+        total, value = total_buffer[:count].zero_(), value_buffer[:count]
         for tensor, weight in zip(flat, weights, strict=True):
-            total.add_(tensor[piece].to(dtype), alpha=weight)
+            total.add_(value.copy_(tensor[piece]), alpha=weight)
         if normalize:
             total.div_(divisor)
         target[piece] = total
@@ -47,18 +49,20 @@ def weighted_deltas(
     """Return W_0 + scale * sum_t w_t (W_t - W_0) / divisor, rounded once to `out_dtype`.
 
     Tensors share one shape; differences and sums run in `compute_dtype` in the order given,
-    temporaries are two chunks.
+    temporaries are three chunks.
     """
     dtype = compute_dtype((base, *experts))
     flat_base = base.reshape(-1)
     flat = [expert.reshape(-1) for expert in experts]
     out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
     target = out.view(-1)
+    buffers = [scratch(target.numel(), out, dtype) for _ in range(3)]
     for piece in chunks(target.numel()):
-        origin = flat_base[piece].to(dtype)
-        total = torch.zeros_like(origin)
+        origin, total, value = (buffer[: piece.stop - piece.start] for buffer in buffers)
+        origin.copy_(flat_base[piece])
+        total.zero_()
         for expert, weight in zip(flat, weights, strict=True):
-            total.add_((expert[piece].to(dtype) - origin).mul_(weight))
+            total.add_(value.copy_(expert[piece]).sub_(origin).mul_(weight))
         if divisor != 1.0:
             total.div_(divisor)
         if scale != 1.0:

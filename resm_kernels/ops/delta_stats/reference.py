@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resm_kernels.ops.dtypes import chunks, compute_dtype
+from resm_kernels.ops.dtypes import chunks, compute_dtype, scratch
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,27 @@ def delta_stats(
 
     Notes
     -----
-    Reads both inputs twice and writes nothing; temporaries are two chunks. Differences are
+    Reads both inputs twice and writes nothing; temporaries are three chunks. Differences are
     taken in `compute_dtype`, sums in float64 over a fixed chunk order, so the result does not
     depend on the machine's core count when torch runs one thread. Source: design section 2.
     """
     dtype = compute_dtype((base, expert))
     base, expert = base.reshape(-1), expert.reshape(-1)
     count = base.numel()
+    buffers = [scratch(count, base, dtype), scratch(count, base, dtype)]
+    wide_buffer = scratch(count, base, torch.float64)
 
     def magnitude(piece: slice) -> torch.Tensor:
-        return (expert[piece].to(dtype) - base[piece].to(dtype)).abs_()
+        a, origin = (buffer[: piece.stop - piece.start] for buffer in buffers)
+        return a.copy_(expert[piece]).sub_(origin.copy_(base[piece])).abs_()
 
     abs_sum = square_sum = maximum = 0.0
     zero_count = 0
     for piece in chunks(count):
         a = magnitude(piece)
-        abs_sum += float(a.sum(dtype=torch.float64))
-        square_sum += float(a.double().square_().sum())
+        wide = wide_buffer[: a.numel()].copy_(a)
+        abs_sum += float(wide.sum())
+        square_sum += float(wide.square_().sum())
         maximum = max(maximum, float(a.max()))
         zero_count += a.numel() - int(a.count_nonzero())
 
@@ -84,10 +88,10 @@ def delta_stats(
     outlier_mass, outlier_count, sparse_count = 0.0, 0, 0
     for piece in chunks(count):
         a = magnitude(piece)
-        sparse_count += int((a <= floor).sum())
-        outlying = a > threshold
-        outlier_count += int(outlying.sum())
-        outlier_mass += float(a.mul_(outlying).sum(dtype=torch.float64))
+        sparse_count += int((a <= floor).count_nonzero())
+        outliers = torch.nn.functional.threshold_(a, threshold, 0.0)
+        outlier_count += int(outliers.count_nonzero())
+        outlier_mass += float(wide_buffer[: a.numel()].copy_(outliers).sum())
     return DeltaStats(
         count=count,
         abs_sum=abs_sum,

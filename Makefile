@@ -1,0 +1,35 @@
+# Every target sets up .venv by itself. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint bench chart clean
+
+demo: $(VENV)/demo.done
+	rm -rf demo
+	$(BIN)/resm demo demo
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds --benchmark-group-by=group
+
+chart: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.chart
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.done: $(VENV)/bin/python pyproject.toml constraints.txt setup.py
+	$(PIP) --editable '.[$*]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against a peer in the same process, after the numbers agree."""
