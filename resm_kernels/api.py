@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,8 @@ from resm_kernels.recipe import Recipe, build_recipe, layer_positions, load_reci
 from resm_kernels.report.card import model_card
 
 Model = str | os.PathLike[str]
-StateDict = Mapping[str, torch.Tensor]
+StateDict = Mapping[str, Any]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def merge(
@@ -128,6 +131,15 @@ def plan(
         shard_size=parse_size(shard_size),
         **options,
     )
+    inline = {"base": base, "experts": experts, "weights": weights, "parameters": parameters}
+    given = [
+        name for name, value in {**inline, "out_dtype": out_dtype}.items() if value is not None
+    ]
+    if recipe is not None and (given or method != "resm"):
+        raise UsageError(
+            f"merge: {', '.join(given or ['method'])} beside a recipe",
+            fix="write it into the recipe, or leave the recipe out",
+        )
     if isinstance(recipe, Recipe):
         return make_plan(recipe, engine)
     if recipe is not None:
@@ -160,6 +172,8 @@ def recipe_content(
     out_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Arguments as the recipe they stand for, in the YAML dialect; not checked yet."""
+    if isinstance(experts, str | bytes | os.PathLike):
+        raise UsageError(f"merge: experts is one path, {experts!r}", expected="a list of models")
     if weights is not None and len(weights) != len(experts):
         raise UsageError(
             "merge: one weight per expert",
@@ -243,13 +257,22 @@ def merge_tensors(
                 got=f"{list(tensor.shape)} on {tensor.device}",
                 expected=f"{list(base.shape)} on {base.device}",
             )
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype not in FLOATS:
             raise UsageError(f"{who} has dtype {tensor.dtype}", expected="a float of 16 to 64 bits")
         if not is_finite(tensor):
             raise NonFiniteError(f"{who} holds NaN or Inf")
-    options = chosen.make_options(parameters or {})
     dtype = base.dtype if out_dtype is None else out_dtype
-    return merge_weight(chosen, name, base, experts, shares, options, dtype).tensor
+    if dtype not in FLOATS or not all(map(math.isfinite, shares)):
+        raise UsageError(
+            f"{label}: weights must be finite and out_dtype a float of 16 to 64 bits",
+            got=f"{shares}, {dtype}",
+        )
+    options = chosen.make_options(parameters or {})
+    chosen.validate(shares, options)
+    merged = merge_weight(chosen, name, base, experts, shares, options, dtype).tensor
+    if not is_finite(merged):
+        raise NonFiniteError(f"{label}: merged values do not fit {dtype}")
+    return merged
 
 
 def merge_state_dicts(
@@ -260,17 +283,21 @@ def merge_state_dicts(
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
     out_dtype: str | None = None,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Merge state dicts in memory; parameters as for `merge`.
 
-    Every name of the base must be in every expert and the other way round; tensors that are not
-    floats are cloned from the base. The inputs are not changed; the result shares no memory with
-    them.
+    Every name of the base must be in every expert and the other way round; what is not a float
+    tensor (integers, extra state) is copied from the base. The inputs are not changed; the result
+    shares no memory with them.
     """
     content = recipe_content(
-        "base", [f"expert {i + 1}" for i in range(len(experts))], method, weights, parameters,
+        "base",
+        [f"expert {i + 1}" for i in range(len(experts))],
+        method,
+        weights,
+        parameters,
         out_dtype,
-    )  # fmt: skip
+    )
     recipe = build_recipe(content, "merge_state_dicts")
     for i, expert in enumerate(experts):
         differing = sorted(base.keys() ^ expert.keys())
@@ -280,10 +307,10 @@ def merge_state_dicts(
                 got=", ".join(differing[:5]) + (" ..." if len(differing) > 5 else ""),
             )
     positions = layer_positions(base)
-    merged = {}
+    merged: dict[str, Any] = {}
     for name, tensor in base.items():
-        if not tensor.is_floating_point():
-            merged[name] = tensor.clone()
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            merged[name] = copy.deepcopy(tensor)
             continue
         options = recipe.options(name, positions[name])
         merged[name] = merge_tensors(

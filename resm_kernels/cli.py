@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for noisy in ("httpx", "httpcore", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -41,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, UnicodeError, MemoryError) as error:
+        print(f"resm: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 
@@ -231,7 +237,7 @@ def _what(options: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--param: got {text!r}", expected="NAME=VALUE")
         try:
             parameters[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UsageError(f"--param {name}: not a value: {value!r}") from error
     if options.lambda_ is not None:
         parameters["lambda"] = options.lambda_
@@ -249,12 +255,11 @@ def _check_target(made: MergePlan, options: argparse.Namespace) -> None:
     """A dry run refuses what the merge itself would refuse."""
     from pathlib import Path
 
-    from resm_kernels.checkpoint.journal import check_output
+    from resm_kernels.checkpoint.journal import absolute, check_output
     from resm_kernels.engine.plan import check_disk
 
-    output = Path(options.paths[-1])
-    inputs = [checkpoint.folder for checkpoint in (made.base, *made.experts)]
-    check_output(output, inputs, resume=options.resume)
+    output = absolute(Path(options.paths[-1]))
+    check_output(output, made.input_folders, resume=options.resume)
     check_disk(made, output)
 
 

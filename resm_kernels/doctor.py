@@ -12,8 +12,15 @@ from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import usable_cores
 
 PACKAGES = (
-    "torch", "triton", "numpy", "safetensors", "huggingface_hub", "transformers", "rich", "PyYAML",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "huggingface_hub",
+    "transformers",
+    "rich",
+    "PyYAML",
+)
 
 
 def diagnose() -> dict[str, Any]:

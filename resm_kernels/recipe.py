@@ -19,9 +19,15 @@ MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
 
 TOP_KEYS = (
-    "merge_method", "base_model", "models", "parameters", "lambda", "dtype", "out_dtype",
+    "merge_method",
+    "base_model",
+    "models",
+    "parameters",
+    "lambda",
+    "dtype",
+    "out_dtype",
     "tokenizer_source",
-)  # fmt: skip
+)
 MODEL_KEYS = ("model", "parameters")
 NOT_YET = {
     "slices": "layer slicing is not supported; list whole models under 'models'",
@@ -163,10 +169,11 @@ class Recipe:
 def _plain(setting: Setting) -> Any:
     if isinstance(setting, Filtered):
         return [
-            {"value": _plain(value)} if pattern is None
+            {"value": _plain(value)}
+            if pattern is None
             else {"filter": pattern, "value": _plain(value)}
             for pattern, value in setting.cases
-        ]  # fmt: skip
+        ]
     if isinstance(setting, Gradient):
         return [_plain(value) for value in setting.values]
     return list(setting) if isinstance(setting, tuple) else setting
@@ -190,7 +197,7 @@ def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
         content = yaml.load(text, Loader=_StrictLoader)
     except RecursionError as error:
         raise RecipeError(source, ["nested too deeply"]) from error
-    except (yaml.YAMLError, ValueError) as error:
+    except Exception as error:  # PyYAML's constructors raise nearly anything on a wrong tag
         raise RecipeError(source, [f"not valid YAML: {' '.join(str(error).split())}"]) from error
     return build_recipe(content, source)
 
@@ -257,9 +264,9 @@ def build_recipe(content: object, source: str) -> Recipe:
         elif experts:
             base = experts[0].model
     if method is not None and base is not None and experts:
-        listed = any(e.model == base for e in experts)
+        listed = any(e.model.same_as(base) for e in experts)
         if method.uses_base:
-            experts = [e for e in experts if e.model != base]
+            experts = [e for e in experts if not e.model.same_as(base)]
             if not experts:
                 mistakes.add("models", "no model besides the base")
         elif not listed and "weight" in parameters:
@@ -428,6 +435,14 @@ def _layer(name: str) -> tuple[str, int] | None:
 
 
 __all__ = [
-    "Expert", "Filtered", "Gradient", "Recipe", "Setting", "build_recipe", "layer_positions",
-    "load_recipe", "parse_recipe", "resolve",
-]  # fmt: skip
+    "Expert",
+    "Filtered",
+    "Gradient",
+    "Recipe",
+    "Setting",
+    "build_recipe",
+    "layer_positions",
+    "load_recipe",
+    "parse_recipe",
+    "resolve",
+]

@@ -157,12 +157,11 @@ def test_zero_deltas_leave_the_base_as_it_is(method: str) -> None:
 def test_one_zero_expert_gives_the_truncated_other(method: str) -> None:
     (delta,) = deltas("power", 30, 30, 1)
     u, s, vt = np.linalg.svd(delta.astype(np.float64))
-    weight = 1.0 if method == "tsvm" else 2.0
     rank = 15
     mine = merged_delta(
         [delta, np.zeros_like(delta)], method, **({"rank_sparsity": 0} if method == "resm" else {})
     )
-    expected = weight * (u[:, :rank] * s[:rank]) @ vt[:rank]
+    expected = (u[:, :rank] * s[:rank]) @ vt[:rank]
     assert oracle.error(mine, expected) <= CONTRACT
 
 
@@ -231,6 +230,9 @@ def test_outlier_weights_sum_to_the_number_of_experts() -> None:
     assert outlier_weighting([0.0, 0.0], 1.0) == [1.0, 1.0]
     assert outlier_weighting([0.0, 0.2], 1.0) == [0.0, 2.0]
     assert outlier_weighting([0.0, 0.2], -1.0) == [2.0, 0.0]
+    assert outlier_weighting([0.0, 0.1, 0.3], -1.0, [False, True, True]) == [1.0, 1.5, 0.5]
+    for power in (-1e5, 1e5):
+        assert sum(outlier_weighting([0.1, 0.3, 0.7], power)) == pytest.approx(3.0)
 
 
 def test_sparse_rank_stays_inside_its_bounds() -> None:
@@ -267,6 +269,34 @@ def test_strided_views_give_the_same_bytes_as_contiguous_ones(method: str) -> No
     assert not views[0].is_contiguous()
     one = merge_tensors(base, [a, b], method)
     assert torch.equal(one, merge_tensors(views[0], views[1:], method))
+
+
+@pytest.mark.parametrize("size", [1e155, 1e200, 1e-170])
+def test_float64_of_extreme_size_neither_overflows_nor_vanishes(size: float) -> None:
+    values = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    found = leading_subspaces(torch.diag(values) * size, 2)
+    assert torch.allclose(found.values / size, values[:2], rtol=1e-12)
+
+
+@pytest.mark.parametrize("power", [-1.0, 1.0])
+def test_a_frozen_layer_of_one_expert_does_not_scale_the_others(power: float) -> None:
+    (delta,) = deltas("noise", 24, 24, 1)
+    other = {"outlier_power": 0, "rank_sparsity": 0}
+    expected = merged_delta([delta, np.zeros_like(delta)], "resm", **other)
+    on = {**other, "outlier_power": power}
+    assert np.array_equal(merged_delta([delta, np.zeros_like(delta)], "resm", **on), expected)
+
+
+def test_results_that_do_not_fit_are_refused() -> None:
+    base = torch.zeros(4, 4)
+    with pytest.raises(NonFiniteError, match=r"do not fit torch\.float16"):
+        merge_tensors(base, [base + 1e6], "linear", out_dtype=torch.float16)
+    with pytest.raises(UsageError, match="out_dtype a float"):
+        merge_tensors(base, [base], "linear", out_dtype=torch.int32)
+    with pytest.raises(UsageError, match="weights must be finite"):
+        merge_tensors(base, [base], "linear", weights=[float("nan")])
+    with pytest.raises(UsageError, match="sum to zero"):
+        merge_tensors(base, [base, base], "linear", weights=[1.0, -1.0])
 
 
 def test_bad_tensors_are_refused() -> None:

@@ -46,7 +46,7 @@ def companion_files(base: Checkpoint, out_dtype: str | None) -> dict[str, bytes]
             config = _with_dtype(base.config, out_dtype)
             if not {"dtype", "torch_dtype"} & config.keys():
                 config["dtype"] = out_dtype
-            raw = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            raw = (json.dumps(config, indent=2) + "\n").encode()
         files["config.json"] = raw
     patterns = [*PATTERNS, *(["*.py"] if "auto_map" in base.config else [])]
     found = [base.folder / name for name in NAMES]

@@ -94,7 +94,7 @@ def hash_ranges(path: Path, ranges: list[tuple[int, int]]) -> tuple[str, list[st
 
 def canonical_json(value: object) -> bytes:
     """One byte string per value: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def seal(content: dict[str, Any]) -> bytes:
@@ -123,4 +123,4 @@ def unseal(path: Path) -> dict[str, Any]:
 
 
 def _pretty(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,21 @@ from pathlib import Path
 from resm_kernels.errors import CheckpointError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("*.safetensors", "*.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
+"""What is fetched, in order of preference, until something is there."""
 COMPANIONS = (
-    "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "chat_template*",
-)  # fmt: skip
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+    "chat_template*",
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,21 @@ class ModelReference:
     @property
     def path(self) -> Path:
         """The reference read as a local path."""
-        return Path(self.text).expanduser()
+        return Path(os.path.expanduser(self.text))
+
+    def exists(self) -> bool:
+        """Whether there is such a local path; a name that no file can have is none."""
+        try:
+            return os.path.lexists(self.path)
+        except ValueError:
+            return False
+
+    def same_as(self, other: ModelReference) -> bool:
+        """Whether both name one model: equal texts, or paths to one place."""
+        both_local = self.exists() and other.exists()
+        return self.text == other.text or (
+            both_local and os.path.realpath(self.path) == os.path.realpath(other.path)
+        )
 
     @property
     def repo(self) -> tuple[str, str | None] | None:
@@ -49,7 +74,7 @@ def locate(reference: ModelReference) -> Path:
     CheckpointError
         Where there is neither a path nor a repository, or the Hub refuses or cannot be reached.
     """
-    if reference.path.exists():
+    if reference.exists():
         return reference.path
     if "+" in reference.text:
         raise CheckpointError(
@@ -81,8 +106,11 @@ def _download(repo: str, revision: str | None) -> Path:
     where = repo if revision is None else f"{repo}@{revision}"
     fix = "check the spelling; a local checkpoint is named by its path"
     try:
-        folder = fetch(WEIGHTS)
-        return folder if any(folder.glob("*.safetensors")) else fetch(TORCH_WEIGHTS)
+        for weights in WEIGHTS:
+            folder = fetch(weights)
+            if any(found for pattern in weights for found in folder.glob(pattern)):
+                break
+        return folder
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{where}: access is gated", fix="accept its terms on the Hub, then `hf auth login`"

@@ -21,13 +21,20 @@ from resm_kernels.checkpoint.files import (
     writing,
 )
 from resm_kernels.checkpoint.writer import ShardLayout
-from resm_kernels.errors import OutputError, VerificationError
+from resm_kernels.errors import OutputError, UsageError, VerificationError
 
 LOG = logging.getLogger(__name__)
 
 JOURNAL = "resm_journal.jsonl"
 MANIFEST = "resm_manifest.json"
 REPORT = "resm_report.json"
+
+
+def absolute(output: Path) -> Path:
+    """An output path without `.` and `..`; UsageError where no folder can have that name."""
+    if not str(output) or "\0" in str(output):
+        raise UsageError(f"output folder: got {str(output)!r}", expected="a path")
+    return Path(os.path.abspath(output))
 
 
 def partial_folder(output: Path) -> Path:
@@ -37,6 +44,11 @@ def partial_folder(output: Path) -> Path:
 
 def check_output(output: Path, inputs: Iterable[Path], *, resume: bool) -> None:
     """Refuse an output folder that exists, lies in an input, or holds unfinished work."""
+    with writing(output):
+        _check_output(output, inputs, resume)
+
+
+def _check_output(output: Path, inputs: Iterable[Path], resume: bool) -> None:
     target = output.resolve()
     for folder in inputs:
         source = folder.resolve()
@@ -53,8 +65,8 @@ def check_output(output: Path, inputs: Iterable[Path], *, resume: bool) -> None:
         )
     if not output.parent.is_dir():
         raise OutputError(f"{output.parent}: no such folder", fix="create it first")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{output.parent}: no permission to write there")
+    if not os.access(output.parent, os.R_OK | os.W_OK | os.X_OK):
+        raise OutputError(f"{output.parent}: no permission to read and write there")
     partial = partial_folder(output)
     if partial.exists() and not resume:
         raise OutputError(
@@ -70,30 +82,36 @@ class OutputFolder:
     ----------
     kept : mapping
         Journal entries of the shards that an earlier run finished, by shard name.
+    finished : bool
+        Whether an earlier run of this plan got as far as the manifest.
     """
 
     def __init__(self, output: Path, plan_id: str) -> None:
         self.output = output
         self.path = partial_folder(output)
         self.kept: dict[str, dict[str, Any]] = {}
+        self.finished = False
         self._plan_id = plan_id
         self._journal = -1
-        with writing(self.path):
-            try:
-                os.mkdir(self.path)
-                sync_folder(output.parent)
-                fresh = True
-            except FileExistsError:
-                fresh = False
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._lock = -1
+        self._created = False
         try:
             self._take_lock()
-            self._open_journal(fresh)
+            self._open_journal()
         except BaseException:
             self.close()
             raise
 
     def _take_lock(self) -> None:
+        """Create the folder or open the one that is there, and lock it."""
+        with writing(self.path):
+            try:
+                os.mkdir(self.path)
+                self._created = True
+                sync_folder(self.output.parent)
+            except FileExistsError:
+                pass
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -103,10 +121,20 @@ class OutputFolder:
             ) from error
         except OSError as error:
             LOG.warning("%s: this file system has no locks (%s)", self.path, error.strerror)
+        with writing(self.path):
+            if os.fstat(self._lock).st_ino != os.stat(self.path).st_ino:
+                raise OutputError(f"{self.path}: another merge has just ended there: try again")
 
-    def _open_journal(self, fresh: bool) -> None:
+    def _open_journal(self) -> None:
         path = self.path / JOURNAL
-        lines = [] if fresh else self._read_journal(path)
+        lines = self._read_journal(path)
+        self.finished = self._has_manifest()
+        if not lines and not self.finished and (strange := set(os.listdir(self.path)) - {JOURNAL}):
+            raise OutputError(
+                f"{self.path}: not an unfinished merge",
+                got=f"{min(strange)} and no journal",
+                fix="move it away, or choose another output",
+            )
         if lines and lines[0].get("plan_id") != self._plan_id:
             raise OutputError(
                 f"{self.path}: the unfinished merge there has another plan",
@@ -124,6 +152,15 @@ class OutputFolder:
                 sync_folder(self.path)
         self.kept = {line["shard"]: line for line in lines[1:]}
 
+    def _has_manifest(self) -> bool:
+        path = self.path / MANIFEST
+        if not path.exists():
+            return False
+        try:
+            return bool(unseal(path).get("plan_id") == self._plan_id)
+        except VerificationError:
+            return False
+
     def _read_journal(self, path: Path) -> list[dict[str, Any]]:
         """Whole lines in order; a torn last line is work that was not finished."""
         if not path.exists():
@@ -134,7 +171,9 @@ class OutputFolder:
                 line = json.loads(raw)
             except ValueError:
                 break
-            if not raw.endswith(b"\n") or canonical_json(line) + b"\n" != raw:
+            if not isinstance(line, dict) or canonical_json(line) + b"\n" != raw:
+                break
+            if lines and line.keys() != {"shard", "sha256", "digests", "results"}:
                 break
             lines.append(line)
         return lines
@@ -146,22 +185,12 @@ class OutputFolder:
                 view = view[os.write(self._journal, view) :]
             os.fsync(self._journal)
 
-    def is_finished(self) -> bool:
-        """Whether an earlier run of this plan got as far as the manifest."""
-        path = self.path / MANIFEST
-        if not path.exists():
-            return False
-        try:
-            return bool(unseal(path).get("plan_id") == self._plan_id)
-        except VerificationError:
-            return False
-
     def verify_kept(self, layouts: Iterable[ShardLayout]) -> None:
         """Read every kept shard again; one that no longer matches is refused by name."""
         by_name = {layout.name: layout for layout in layouts}
         for name, entry in list(self.kept.items()):
             path = self.path / name
-            if not path.exists():
+            if name not in by_name or not path.exists():
                 del self.kept[name]
                 continue
             ranges = [(slot.start, slot.stop) for slot in by_name[name].slots]
@@ -186,17 +215,22 @@ class OutputFolder:
     ) -> None:
         """Journal a shard that is durable under its final name."""
         entry = {
-            "shard": shard, "sha256": sha256, "digests": dict(digests), "results": dict(results),
-        }  # fmt: skip
+            "shard": shard,
+            "sha256": sha256,
+            "digests": dict(digests),
+            "results": dict(results),
+        }
         self._append(entry)
         self.kept[shard] = entry
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Write the small files, the last one last, and rename the folder to its name."""
+        """Write the small files, the manifest last, and rename the folder to its name."""
         for name, data in files.items():
             path = self.path / name
             with writing(path):
                 path.parent.mkdir(exist_ok=True)
+                if name == MANIFEST:
+                    sync_folder(self.path)
             write_file(path, data)
         with writing(self.output):
             (self.path / JOURNAL).unlink(missing_ok=True)
@@ -206,8 +240,8 @@ class OutputFolder:
         self.close()
 
     def discard_if_empty(self) -> bool:
-        """Remove the folder after a failure, unless it holds finished shards."""
-        if self.kept:
+        """Remove the folder after a failure; one with finished shards, or not ours, stays."""
+        if self.kept or not self._created:
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         return True

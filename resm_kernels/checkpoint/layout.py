@@ -84,6 +84,8 @@ class Checkpoint:
         config.json, empty where there is none.
     aliases : mapping
         Tied names to the name whose data they share.
+    single_file : bool
+        Whether the user named a weight file and not a folder.
     """
 
     reference: str
@@ -92,6 +94,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    single_file: bool = False
 
     @property
     def digest(self) -> str:
@@ -181,7 +184,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     if dtype is None:
         raise fail(f"unknown dtype; this package reads {', '.join(DTYPES)}", entry["dtype"])
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _are_sizes(shape) or len(shape) > MAX_RANK:
+    if not _are_sizes(shape) or len(shape) > MAX_RANK or _overflows(shape):
         raise fail("the shape must be a list of sizes", shape)
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise fail("data_offsets must be [start, stop]", offsets)
@@ -203,6 +206,11 @@ def _are_sizes(values: object) -> bool:
     )
 
 
+def _overflows(shape: list[int]) -> bool:
+    """Whether strides of that shape pass 63 bits, also where another size is zero."""
+    return math.prod(size or 1 for size in shape) >= 1 << 63
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file strictly: no repeated keys, no NaN, bounded size and depth."""
     try:
@@ -219,11 +227,12 @@ def parse_json(raw: bytes, path: Path) -> Any:
     """Parse JSON strictly; CheckpointError names the file."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {repeated!r} stands twice")
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise ValueError(f"the key {name!r} stands twice")
+            name.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+            result[name] = value
         return result
 
     def no_constant(word: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,18 @@ def verify_folder(folder: Path) -> Verification:
             f"{folder}: no {MANIFEST}",
             expected="a folder that `resm merge` finished",
         )
-    manifest = unseal(path)
+    try:
+        return _verify_manifest(folder, unseal(path))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VerificationError(f"{path}: sealed, but not a manifest: {error!r}") from error
+    except OSError as error:
+        raise VerificationError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
+def _verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> Verification:
     if manifest.get("format") != FORMAT:
         raise VerificationError(
-            f"{path}: format {manifest.get('format')!r} is unknown",
+            f"{folder / MANIFEST}: format {manifest.get('format')!r} is unknown",
             expected=f"format {FORMAT}",
             fix="verify with the version that wrote it",
         )
@@ -139,7 +148,10 @@ def _verify_file(
     path: Path, listed: Mapping[str, Any], tensors: Sequence[tuple[int, int, str, str]]
 ) -> list[str]:
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or ".." in path.parts:
+            return [f"{path}: not a regular file of this folder"]
+        size = status.st_size
         digest, parts = hash_ranges(path, [(start, stop) for start, stop, _, _ in tensors])
     except OSError as error:
         return [f"{path}: {error.strerror}"]

@@ -43,10 +43,16 @@ def open_checkpoint(reference: ModelReference) -> Checkpoint:
         Where nothing is found, or a file is not what the format or the index says.
     """
     folder = locate(reference)
-    if folder.is_file():
-        entry, folder = folder, folder.parent
-    else:
-        entry = _entry_file(folder)
+    try:
+        single_file = not folder.is_dir()
+        entry = folder if single_file else _entry_file(folder)
+        return _open(reference, entry, single_file)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
+def _open(reference: ModelReference, entry: Path, single_file: bool) -> Checkpoint:
+    folder = entry.parent
     if entry.name.endswith(INDEX_SUFFIX):
         listed = read_index(entry)
         if absent := [name for name in listed if not (folder / name).exists()]:
@@ -68,7 +74,7 @@ def open_checkpoint(reference: ModelReference) -> Checkpoint:
     aliases = {
         alias: kept for file in files for alias, kept in _aliases(file).items() if kept in tensors
     }
-    return Checkpoint(reference.text, folder, tuple(files), tensors, config, aliases)
+    return Checkpoint(reference.text, folder, tuple(files), tensors, config, aliases, single_file)
 
 
 def _entry_file(folder: Path) -> Path:
@@ -134,22 +140,30 @@ def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
         raise CheckpointError(
             f"{path}: holds pickled objects other than tensors; they are never loaded", fix=fix
         ) from error
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # torch's unpickler raises nearly anything on damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"{path}: not a readable torch file: {reason}", fix=fix) from error
     if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+        isinstance(name, str) and _is_plain(value) for name, value in state.items()
     ):
         raise CheckpointError(
-            f"{path}: not a flat state dict", expected="a dict of names to tensors", fix=fix
+            f"{path}: not a flat state dict", expected="a dict of names to dense tensors", fix=fix
         )
     return state
+
+
+def _is_plain(value: object) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+    )
 
 
 def _aliases(file: WeightFile) -> dict[str, str]:
     """Tied names: those that a `.bin` stores once, those that safetensors' metadata records."""
     if file.format == "safetensors":
-        return {alias: kept for alias, kept in file.metadata.items() if alias != "format"}
+        return {a: k for a, k in file.metadata.items() if a not in file.tensors}
     first: dict[tuple[object, ...], str] = {}
     aliases = {}
     for name, tensor in load_torch_file(file.path).items():

@@ -144,6 +144,8 @@ class ShardFile:
         """Make the shard durable, verify it, name it; returns the SHA-256 of the file."""
         with writing(self._path):
             os.fsync(self._descriptor)
+            if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             self.close()
             digest, parts = hash_ranges(
                 self._temporary, [(s.start, s.stop) for s in self.layout.slots]
@@ -152,7 +154,7 @@ class ShardFile:
                 if part != self.digests[slot.name]:
                     raise OutputError(
                         f"{self._path}: tensor {slot.name!r} read back differs from what was "
-                        "written: the disk or its driver is faulty"
+                        "written: the disk, its driver or the memory is faulty"
                     )
             os.rename(self._temporary, self._path)
             sync_folder(self._path.parent)

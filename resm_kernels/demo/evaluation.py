@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-import resm_kernels
+from resm_kernels import merge_state_dicts
 from resm_kernels.demo.models import IGNORED, encode
 from resm_kernels.demo.tasks import Example
 
-LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.5)
+LAMBDAS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 
 
 class Score(NamedTuple):
@@ -75,7 +75,7 @@ def try_lambdas(
     for value in LAMBDAS:
         parameters = {"lambda": value}
         model.load_state_dict(
-            resm_kernels.merge_state_dicts(weights[0], weights[1:], method, parameters=parameters)
+            merge_state_dicts(weights[0], weights[1:], method, parameters=parameters)
         )
         exact, loss = map(fmean, zip(*evaluate(model, tokenizer, prompts).values(), strict=True))
         tried.append({"lambda": value, "exact_match": exact, "answer_loss": loss})

@@ -15,7 +15,7 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file
 
-import resm_kernels
+from resm_kernels import __version__, merge
 from resm_kernels.demo.evaluation import Score, evaluate, generate, try_lambdas
 from resm_kernels.demo.models import (
     ModelSize,
@@ -31,7 +31,7 @@ from resm_kernels.demo.training import train
 
 EXPERTS = tuple(f"expert-{skill.name}" for skill in SKILLS)
 METHODS_WITH_LAMBDA = ("task_arithmetic", "tsvm", "resm")
-BASE_RATE, EXPERT_RATE = 2e-3, 4e-4
+BASE_RATE, EXPERT_RATE = 2e-3, 3e-4
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(ModelSize(128, 4, 8), 64, 400, 250, 256, 512),
+    "full": Scale(ModelSize(128, 4, 8), 64, 400, 300, 256, 512),
     "smoke": Scale(ModelSize(32, 2, 2), 16, 60, 30, 16, 32),
 }
 
@@ -77,7 +77,7 @@ def run_experiment(root: Path, seed: int, scale: str, console: Console | None) -
     chosen = {"linear": None, **{method: tried[0]["lambda"] for method, tried in selection.items()}}
     for method, value in chosen.items():
         clock.say(f"writing merged-{method}")
-        resm_kernels.merge(
+        merge(
             base=root / "base",
             experts=[root / name for name in EXPERTS],
             output=root / f"merged-{method}",
@@ -93,7 +93,7 @@ def run_experiment(root: Path, seed: int, scale: str, console: Console | None) -
         "selection": selection,
         "seconds": clock.seconds(),
         "versions": {
-            "resm_kernels": resm_kernels.__version__,
+            "resm_kernels": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -18,6 +18,7 @@ def print_summary(results: Mapping[str, Any], root: Path, console: Console) -> N
         title=f"exact match in %, {count} held-out prompts per skill",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("model", no_wrap=True)
     for heading in ("lambda", *results["skills"], "mean", "worst", "norm."):
@@ -34,7 +35,8 @@ def print_summary(results: Mapping[str, Any], root: Path, console: Console) -> N
     console.print(table)
     lines = [
         "norm.: mean over skills of the score divided by the score of that skill's expert.",
-        "lambda: the best of five on validation prompts, which are not the test prompts.",
+        "lambda: the best of several on validation prompts, which are not the test prompts.",
+        "One seed of a small model: the order of close methods changes with the seed.",
         "",
         "merged-resm, loaded with transformers:",
     ]

@@ -47,11 +47,15 @@ class EngineOptions:
     allow_extra: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 1), ("threads", 1), ("memory_budget", 1),
-                            ("shard_size", 1)):  # fmt: skip
+        for name, most in (
+            ("workers", 4096),
+            ("threads", 4096),
+            ("memory_budget", 1 << 62),
+            ("shard_size", 1 << 62),
+        ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UsageError(f"{name}: got {value!r}, expected a whole number >= {least}")
+            if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
+                raise UsageError(f"{name}: got {value!r}, expected a whole number from 1 to {most}")
         if self.nonfinite not in ("error", "warn"):
             raise UsageError(f"nonfinite: got {self.nonfinite!r}, expected error or warn")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import platform
 import threading
@@ -18,14 +17,14 @@ import torch
 from resm_kernels import __version__
 from resm_kernels.checkpoint.companions import companion_files
 from resm_kernels.checkpoint.files import seal, unseal
-from resm_kernels.checkpoint.journal import MANIFEST, REPORT, OutputFolder, check_output
+from resm_kernels.checkpoint.journal import MANIFEST, REPORT, OutputFolder, absolute, check_output
 from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
 from resm_kernels.checkpoint.reader import TensorReader, check_stamp
 from resm_kernels.checkpoint.writer import ShardFile
 from resm_kernels.engine.memory import MemoryWatch
 from resm_kernels.engine.plan import PREFETCH, MergePlan, PlannedTensor, check_disk
 from resm_kernels.engine.result import MergeReport, TensorResult
-from resm_kernels.errors import NonFiniteError, NumericsError, ResmError
+from resm_kernels.errors import NonFiniteError, ResmError, VerificationError
 from resm_kernels.methods import METHODS, Merged, merge_weight
 from resm_kernels.ops.dtypes import is_finite
 
@@ -107,16 +106,14 @@ def run_plan(
     ResmError
         One clear error; `OUTPUT.partial` stays if it holds finished shards, for `resume`.
     """
-    inputs = [checkpoint.folder for checkpoint in (plan.base, *plan.experts)]
-    check_output(output, inputs, resume=resume)
+    output = absolute(output)
+    check_output(output, plan.input_folders, resume=resume)
     check_disk(plan, output, kept=[layout.name for layout in plan.layouts] if resume else ())
     started = time.perf_counter()
     report = _empty_report(plan, output)
     folder = OutputFolder(output, plan.plan_id)
     try:
-        if folder.is_finished():
-            verify_folder(folder.path)
-            earlier = MergeReport.from_dict(unseal(folder.path / REPORT))
+        if folder.finished and (earlier := _complete_report(folder)) is not None:
             folder.finish({})
             LOG.info("%s was complete but for its name", output)
             return earlier
@@ -146,11 +143,10 @@ def run_plan(
         folder.finish({REPORT: sealed, **files})
         return report
     except BaseException:
-        if folder.discard_if_empty():
-            LOG.debug("nothing was finished: %s removed", folder.path)
-        else:
-            LOG.warning("%d finished shards stay in %s: resume to go on", len(folder.kept),
-                        folder.path)  # fmt: skip
+        if not folder.discard_if_empty():
+            LOG.warning(
+                "%d finished shards stay in %s: resume to go on", len(folder.kept), folder.path
+            )
         raise
     finally:
         folder.close()
@@ -198,8 +194,7 @@ class _Run:
         except BaseException as error:
             self._fail(error)
         finally:
-            for stage in self._stages.values():
-                stage.shutdown(wait=True, cancel_futures=self.error is not None)
+            self._join()
             torch.set_num_threads(threads)
             for shard in self.shards.values():
                 shard.close()
@@ -208,6 +203,16 @@ class _Run:
         if self.error is not None:
             raise self.error
         self._collect(pending)
+
+    def _join(self) -> None:
+        """Wait for every stage in order; an interrupt ends the work, never the waiting."""
+        for stage in self._stages.values():
+            while True:
+                try:
+                    stage.shutdown(wait=True, cancel_futures=self.error is not None)
+                    break
+                except BaseException as error:
+                    self._fail(error)
 
     def _submit(
         self, stage: str, work: Callable[..., None], tensor: PlannedTensor, *rest: object
@@ -224,10 +229,13 @@ class _Run:
                 with self._lock:
                     self._busy[stage] += time.perf_counter() - start
 
-        with contextlib.suppress(RuntimeError):  # a stage that was shut down after a failure
+        try:
             self._stages[stage].submit(guarded)
+        except RuntimeError as error:
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
+        """Remember the first error and let nothing more in."""
         with self._lock:
             if self.error is None:
                 self.error = error
@@ -266,7 +274,7 @@ class _Run:
         complete = shard.write(tensor.slot, merged)
         self.ledger.release(tensor.memory)
         if self.progress:
-            self.progress.advance(tensor.held_bytes - tensor.read_bytes, tensor.name)
+            self.progress.advance(tensor.write_bytes, tensor.name)
         if complete:
             self._submit("finish", self._finish, tensor, shard)
 
@@ -284,7 +292,7 @@ class _Run:
         report.tensors = {t.name: self.results[t.name] for t in self.plan.tensors}
         report.stage_seconds = {stage: round(busy, 6) for stage, busy in self._busy.items()}
         report.read_bytes = sum(t.read_bytes for t in pending)
-        report.written_bytes = sum(t.held_bytes - t.read_bytes for t in pending)
+        report.written_bytes = sum(t.write_bytes for t in pending)
 
     def _shard_name(self, tensor: PlannedTensor) -> str:
         return self.plan.layouts[tensor.shard].name
@@ -293,38 +301,32 @@ class _Run:
 def merge_planned(plan: MergePlan, tensor: PlannedTensor, inputs: list[torch.Tensor]) -> Merged:
     """Merge one planned tensor from its `sources`; the result lies on the CPU."""
     out_dtype = tensor.slot.dtype.torch
-    if tensor.rule == "copy":
-        return Merged(inputs[0].to(out_dtype), "copy")
+    if not tensor.base.info.dtype.mergeable:
+        return Merged(inputs[0], "copy")
     mask, notes = _screen(plan, tensor, inputs)
-    original = inputs[0]
+    kept = None
     if mask is not None:
-        inputs = [value.masked_fill(mask, 0.0) for value in inputs]
-    base, *experts = [value.to(plan.device) for value in inputs]
-    if not tensor.reads_base:
-        experts = [base, *experts]
-    try:
+        kept = inputs[0][mask].to(out_dtype)
+        for value in inputs:
+            value.masked_fill_(mask, 0.0)
+    if tensor.rule == "copy":
+        merged = Merged(inputs[0].to(out_dtype), "copy")
+    else:
+        base, *experts = [value.to(plan.device) for value in inputs]
         merged = merge_weight(
             METHODS[plan.recipe.method],
             tensor.key,
             base,
-            experts,
+            experts if tensor.reads_base else [base, *experts],
             tensor.weights,
             tensor.options,
             out_dtype,
         )
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise NumericsError(
-            f"tensor {tensor.name!r}: the factorisation did not converge: {error}"
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise NumericsError(
-            f"tensor {tensor.name!r}: {plan.device} is out of memory", fix="use --device cpu"
-        ) from error
     result = merged.tensor.cpu()
     if not is_finite(result):
         notes += _overflow(plan, tensor, result)
-    if mask is not None:
-        result = torch.where(mask, original.to(out_dtype), result)
+    if kept is not None:
+        result[mask] = kept
     return replace(merged, tensor=result, notes=(*merged.notes, *notes))
 
 
@@ -335,7 +337,7 @@ def _screen(
     mask: torch.Tensor | None = None
     notes = []
     for source, value in zip(tensor.sources, inputs, strict=True):
-        if is_finite(value):
+        if is_finite(value) or (source is tensor.base and not tensor.base_counts):
             continue
         bad = ~torch.isfinite(value)
         count = int(bad.sum())
@@ -370,6 +372,16 @@ def _check_inputs_unchanged(plan: MergePlan) -> None:
                 check_stamp(file, file.path.stat())
             except OSError as error:
                 raise ResmError(f"{file.path}: vanished during the merge") from error
+
+
+def _complete_report(folder: OutputFolder) -> MergeReport | None:
+    """The report of a folder that only lacked its name; None where it was damaged since."""
+    try:
+        verify_folder(folder.path)
+        return MergeReport.from_dict(unseal(folder.path / REPORT))
+    except VerificationError as error:
+        LOG.warning("%s; its shards are checked one by one", error)
+        return None
 
 
 def _empty_report(plan: MergePlan, output: Path) -> MergeReport:

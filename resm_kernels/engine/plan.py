@@ -21,7 +21,7 @@ from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
-from resm_kernels.methods import METHODS
+from resm_kernels.methods import METHODS, matches
 from resm_kernels.ops.dtypes import CHUNK
 from resm_kernels.recipe import Recipe, layer_positions
 
@@ -29,6 +29,8 @@ NUMERICS = 1
 """Raised whenever the same plan would give other bytes."""
 PREFETCH = 2
 """Weights read ahead of the workers."""
+TABLES = ("*embed*", "*lm_head*", "*wte*", "*shared.weight", "*output.weight")
+"""Names of input and output embeddings, which a config may tie."""
 MARGIN = 64 << 20
 """Disk bytes kept free beside the shards, for the small files."""
 
@@ -55,8 +57,9 @@ class PlannedTensor:
         Its place in the output shard `shard`.
     base, experts : Source
         Its inputs; no experts for a copy.
-    reads_base : bool
-        Whether the base's values are needed.
+    reads_base, base_counts : bool
+        Whether the base is read, and whether its values enter the result (`linear` reads it
+        only to fill in for values that are not finite).
     key : str
         The name under which its parameters were looked up; tied tensors share one.
     weights, options
@@ -72,6 +75,7 @@ class PlannedTensor:
     base: Source
     experts: tuple[Source, ...]
     reads_base: bool
+    base_counts: bool
     key: str
     weights: tuple[float, ...]
     options: Any
@@ -93,9 +97,14 @@ class PlannedTensor:
         return sum(source.info.nbytes for source in self.sources)
 
     @property
+    def write_bytes(self) -> int:
+        """Bytes written to the output."""
+        return self.slot.stop - self.slot.start
+
+    @property
     def held_bytes(self) -> int:
         """Bytes held from reading to writing."""
-        return self.read_bytes + self.slot.stop - self.slot.start
+        return self.read_bytes + self.write_bytes
 
     @property
     def memory(self) -> int:
@@ -156,6 +165,12 @@ class MergePlan:
             peak = max(peak, sum(t.held_bytes for t in inside) + sum(busy))
         return min(peak, self.memory_budget)
 
+    @property
+    def input_folders(self) -> tuple[Path, ...]:
+        """Folders that are inputs as a whole (a model named by its file is no folder)."""
+        return tuple(c.folder for c in (self.base, *self.experts) if not c.single_file)
+
+    @property
     def rules(self) -> dict[str, int]:
         """How many tensors each rule has."""
         counts: dict[str, int] = {}
@@ -171,7 +186,7 @@ class MergePlan:
             "device": str(self.device),
             "workers": self.workers,
             "threads": self.options.threads,
-            "rules": self.rules(),
+            "rules": self.rules,
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "peak_memory_bytes": self.peak_memory,
@@ -188,7 +203,7 @@ class MergePlan:
                     "out_dtype": t.slot.dtype.name,
                     "shard": self.layouts[t.shard].name,
                     "offset": t.slot.start,
-                    "bytes": t.slot.stop - t.slot.start,
+                    "bytes": t.write_bytes,
                     "read_bytes": t.read_bytes,
                     "memory_bytes": t.memory,
                 }
@@ -211,7 +226,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
     base = open_checkpoint(recipe.base)
     experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
     for checkpoint in (base, *experts):
-        if "quantization_config" in checkpoint.config:
+        if checkpoint.config.get("quantization_config"):
             raise PlanError(
                 f"{checkpoint.reference}: quantised weights cannot be merged",
                 fix="merge the checkpoint it was made from, or dequantise it first",
@@ -238,8 +253,10 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
             reason, sources = decisions[slot.name]
             key = matching.canonical(slot.name)
             settings = recipe.options(key, positions[key])
+            weights = recipe.weights(key, positions[key])
             rule, workspace = "copy", 4 * CHUNK
             if sources:
+                method.validate(weights, settings)
                 reason = method.declines(key, slot.shape, len(sources), settings)
                 rule = recipe.method if reason is None else "mean"
                 wide = any(s.info.dtype.name == "F64" for s in sources)
@@ -254,8 +271,9 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
                     base=matching.source(base, slot.name),
                     experts=sources,
                     reads_base=method.uses_base or not sources or options.nonfinite == "warn",
+                    base_counts=method.uses_base or not sources,
                     key=key,
-                    weights=recipe.weights(key, positions[key]),
+                    weights=weights,
                     options=settings,
                     workspace=workspace,
                 )
@@ -277,6 +295,8 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         "device": device.type,
         "threads": options.threads,
         "recipe": recipe.to_dict(),
+        "arithmetic": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",
+        "config": base.config,
         "inputs": [checkpoint.digest for checkpoint in (base, *experts)],
         "shards": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],
         "missing": sorted(n for n, (reason, s) in decisions.items() if reason and not s),
@@ -395,6 +415,7 @@ class _Matching:
                     f"{info.dtype.name} in the base"
                 )
             sources.append(source)
+            self._check_still_tied(expert, name)
         if not absent:
             return None, tuple(sources)
         if not self.options.allow_missing:
@@ -411,11 +432,23 @@ class _Matching:
                 return self.source(checkpoint, candidate)
         return None
 
+    def _check_still_tied(self, expert: Checkpoint, name: str) -> None:
+        """Tensors that the base ties must not have come apart in an expert."""
+        key = self.canonical(name)
+        if key == name or not {key, name} <= expert.tensors.keys():
+            return
+        if name not in self._ties[id(expert)].get(key, ()):
+            self._misfits.append(
+                f"{name}: tied to {key} in the base, but not in {expert.reference}: untie the base "
+                "(store both, tie_word_embeddings: false), or leave that expert out"
+            )
+
     def _judge_extra(self, expert: Checkpoint) -> None:
         for name in expert.tensors:
             if name in self.base.tensors:
                 continue
-            tied = [n for n in self._ties[id(expert)].get(name, ()) if n in self.base.tensors]
+            ties = (self._ties[id(c)].get(name, ()) for c in (expert, self.base))
+            tied = [other for other in itertools.chain(*ties) if other in self.base.tensors]
             if tied:
                 self.left_out[f"{expert.reference}: {name}"] = f"tied to {tied[0]}"
             elif self.options.allow_extra:
@@ -443,7 +476,7 @@ class _Matching:
         tables = [
             self.source(checkpoint, t.name)
             for t in checkpoint.tensors.values()
-            if len(t.shape) == 2 and t.shape[0] in sizes
+            if len(t.shape) == 2 and t.shape[0] in sizes and matches(t.name, TABLES)
         ]
         for one, other in itertools.combinations(tables, 2):
             alike = (one.info.shape, one.info.dtype) == (other.info.shape, other.info.dtype)

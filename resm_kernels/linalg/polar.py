@@ -9,7 +9,7 @@ import torch
 NULL = 1e-6
 """Singular values at or below this share of the largest are null: float32 data do not fix them."""
 
-GRAM_RANGE = 1e-9
+PANEL_RANGE = 1e-9
 """Smallest eigenvalue ratio that is read from a float64 Gram matrix; below it, an SVD."""
 
 
@@ -53,7 +53,7 @@ def polar_factor(panel: torch.Tensor) -> PolarFactor:
     values = eigenvalues.clamp(min=0.0).sqrt_()
     backend = "gram-fp64"
     largest = float(eigenvalues[-1])
-    doubtful = (eigenvalues < GRAM_RANGE * largest) & (eigenvalues > NULL * NULL * largest)
+    doubtful = (eigenvalues < PANEL_RANGE * largest) & (eigenvalues > NULL * NULL * largest)
     if bool(doubtful.any()):
         _, values, rows = torch.linalg.svd(panel, full_matrices=False)
         vectors, backend = rows.T, "svd-fp64"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+SAFE_EXPONENT = 400
+"""Powers of two whose squares, summed, neither overflow nor vanish in float64."""
 GRAM_RANGE = 1e-8
 """Smallest eigenvalue ratio that is read from a float64 Gram matrix; below it, an SVD."""
 
@@ -95,7 +97,10 @@ def leading_subspaces(delta: torch.Tensor, rank: int, *, energy: float | None = 
             backend=flipped.backend,
         )
 
-    matrix = delta.to(torch.float64)
+    matrix, exponent = _in_range(delta.to(torch.float64))
+    if exponent:
+        scaled = leading_subspaces(matrix, rank, energy=energy)
+        return replace(scaled, values=torch.ldexp(scaled.values, torch.tensor(exponent)))
     eigenvalues, vectors = torch.linalg.eigh(matrix.T @ matrix)
     squares = eigenvalues.flip(0).clamp_(min=0.0)
     known = numerical_rank(squares.sqrt(), rows)
@@ -120,6 +125,18 @@ def leading_subspaces(delta: torch.Tensor, rank: int, *, energy: float | None = 
         numerical_rank=known,
         backend="gram-fp64",
     )
+
+
+def _in_range(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A matrix whose squares stay inside float64's range, and the power of two taken out.
+
+    Only float64 inputs of extreme size are scaled; a power of two changes no digit.
+    """
+    low, high = torch.aminmax(matrix) if matrix.numel() else (torch.zeros(()), torch.zeros(()))
+    exponent = math.frexp(max(-float(low), float(high)))[1]
+    if abs(exponent) <= SAFE_EXPONENT or not bool(matrix.any()):
+        return matrix, 0
+    return torch.ldexp(matrix, torch.tensor(-exponent)), exponent
 
 
 def _kept(squares: torch.Tensor, limit: int, energy: float | None) -> int:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from resm_kernels.errors import UsageError
+from resm_kernels.errors import NumericsError, UsageError
 from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_deltas
-from resm_kernels.methods.base import Merged, Method, Option
+from resm_kernels.methods.base import Merged, Method, Option, matches
 from resm_kernels.methods.spectral import ISO_C, RESM, TSVM
 
-__all__ = ["METHODS", "Merged", "Method", "Option", "find_method", "merge_weight"]
+__all__ = ["METHODS", "Merged", "Method", "Option", "find_method", "matches", "merge_weight"]
 
 METHODS: dict[str, Method[Any]] = {
     method.name: method for method in (LINEAR, TASK_ARITHMETIC, TSVM, ISO_C, RESM)
@@ -55,7 +55,23 @@ def merge_weight(
         An instance of `method.options`.
     out_dtype : torch.dtype
         Dtype of the result.
+
+    Raises
+    ------
+    NumericsError
+        Where memory runs out, or a factorisation does not converge.
     """
     if method.declines(name, base.shape, len(experts), options) is not None:
         return mean_of_deltas(base, experts, weights, options.lambda_, out_dtype)
-    return method.merge(base, experts, weights, options, out_dtype)
+    where = f"tensor {name!r} {list(base.shape)}"
+    try:
+        return method.merge(base, experts, weights, options, out_dtype)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+            raise NumericsError(
+                f"{where}: {base.device} is out of memory",
+                fix="fewer workers, or a smaller memory budget",
+            ) from error
+        raise

@@ -33,6 +33,15 @@ def chunk_workspace(shape: Sequence[int], experts: int, itemsize: int) -> int:
     return 4 * CHUNK * itemsize
 
 
+def _validate_linear(weights: Sequence[float], options: LinearOptions) -> None:
+    if options.normalize and abs(sum(weights)) < 1e-8:
+        raise UsageError(
+            "linear: the weights sum to zero and cannot be normalised",
+            got=f"weights {list(weights)}",
+            fix="change the weights, or set normalize: false",
+        )
+
+
 def _linear(
     base: torch.Tensor,
     experts: Sequence[torch.Tensor],
@@ -40,12 +49,6 @@ def _linear(
     options: LinearOptions,
     out_dtype: torch.dtype,
 ) -> Merged:
-    if options.normalize and abs(sum(weights)) < 1e-8:
-        raise UsageError(
-            "linear: the weights sum to zero and cannot be normalised",
-            got=f"weights {list(weights)}",
-            fix="change the weights, or set normalize: false",
-        )
     tensor = weighted_sum(experts, weights, out_dtype=out_dtype, normalize=options.normalize)
     return Merged(tensor, "linear", weights=tuple(weights))
 
@@ -89,6 +92,7 @@ LINEAR = Method(
     workspace=chunk_workspace,
     declines=never_declines,
     uses_base=False,
+    validate=_validate_linear,
 )
 
 TASK_ARITHMETIC = Method(

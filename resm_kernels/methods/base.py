@@ -7,6 +7,7 @@ file and knows no checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Option:
     def _check_number(self, value: object) -> float:
         try:
             number = float(value) if isinstance(value, int | float | str) else None
-        except ValueError:
+        except (ValueError, OverflowError):
             number = None
         if number is None or isinstance(value, bool):
             raise ValueError(f"got {value!r}, expected a number")
@@ -140,6 +141,9 @@ class Method(Generic[OptionsT]):
         inputs and its output.
     uses_base : bool
         Whether the base's values enter the result.
+    validate : callable
+        (weights, options) -> None, or UsageError where they cannot go together; called while
+        planning.
     """
 
     name: str
@@ -153,8 +157,9 @@ class Method(Generic[OptionsT]):
     workspace: Callable[[Sequence[int], int, int], int]
     declines: Callable[[str, Sequence[int], int, OptionsT], str | None]
     uses_base: bool = True
+    validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, Option]:
         """Options by the name that users write."""
         return option_specs(self.options)

@@ -126,7 +126,8 @@ def _resm(
         for expert in experts
     ]
     scores = [_outlier_score(s, options.outlier_score) for s in stats]
-    outlier_weights = outlier_weighting(scores, options.outlier_power)
+    changed = [s.abs_sum > 0.0 for s in stats]
+    outlier_weights = outlier_weighting(scores, options.outlier_power, changed)
     sparsity = sum(s.sparsity for s in stats) / count
     rank = limit
     if options.rank == "sparsity":
@@ -168,21 +169,29 @@ def _iso_c(
     )
 
 
-def outlier_weighting(scores: Sequence[float], power: float) -> list[float]:
+def outlier_weighting(
+    scores: Sequence[float], power: float, changed: Sequence[bool] | None = None
+) -> list[float]:
     """w_t = T * o_t^beta / sum_j o_j^beta: weights that sum to T.
 
-    All 1 where every score is 0, or `power` is 0. With a negative power an expert without
-    outliers takes the limit of the formula: experts of score 0 share the whole weight.
+    All 1 where every score is 0, or `power` is 0. Experts that did not change this weight
+    (`changed` is false) have weight 1 and no part in T and the sum, so that a frozen layer of one
+    expert does not scale the others. With a negative power experts without outliers take the
+    limit of the formula: they share the whole weight.
     """
-    count = len(scores)
-    largest = max(scores)
-    if power == 0.0 or largest == 0.0:
-        return [1.0] * count
-    if power < 0.0 and min(scores) == 0.0:
-        powered = [1.0 if score == 0.0 else 0.0 for score in scores]
+    active = [s for i, s in enumerate(scores) if changed is None or changed[i]]
+    if power == 0.0 or not active or max(active) == 0.0:
+        return [1.0] * len(scores)
+    if power < 0.0 and min(active) == 0.0:
+        powered = [float(score == 0.0) for score in scores]
     else:
-        powered = [(score / largest) ** power for score in scores]
-    return [count * value / sum(powered) for value in powered]
+        unit = max(active) if power > 0.0 else min(active)
+        powered = [(score / unit) ** power if score else 0.0 for score in scores]
+    total = sum(p for i, p in enumerate(powered) if changed is None or changed[i])
+    return [
+        len(active) * p / total if changed is None or changed[i] else 1.0
+        for i, p in enumerate(powered)
+    ]
 
 
 def sparse_rank(p: int, experts: int, sparsity: float, gamma: float) -> int:

@@ -23,7 +23,7 @@ def model_card(report: MergeReport) -> bytes:
     names = [entry["model"] for entry in recipe["models"]]
     models = list(dict.fromkeys([recipe["base_model"], *names]))
     references = [ModelReference(name) for name in models]
-    hub_ids = [r.repo[0] for r in references if r.repo is not None and not r.path.exists()]
+    hub_ids = [r.repo[0] for r in references if r.repo is not None and not r.exists()]
     data = ModelCardData(
         base_model=hub_ids or None,
         library_name="transformers",
@@ -44,4 +44,4 @@ def model_card(report: MergeReport) -> bytes:
         "against `resm_manifest.json`.",
     ]
     card = ModelCard("\n\n".join(section for section in sections if section) + "\n")
-    return str(card).encode()
+    return str(card).encode(errors="backslashreplace")

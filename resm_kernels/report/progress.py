@@ -74,8 +74,9 @@ class LogProgress:
             rate = self._done / (now - self._started)
             done, total = self._done / 1e9, self._total / 1e9
         left = (total - done) * 1e9 / rate
-        LOG.info("%.2f of %.2f GB, %.3f GB/s, %.0f s left, at %s", done, total, rate / 1e9, left,
-                 tensor)  # fmt: skip
+        LOG.info(
+            "%.2f of %.2f GB, %.3f GB/s, %.0f s left, at %s", done, total, rate / 1e9, left, tensor
+        )
 
     def stop(self) -> None:
         """Nothing to take away."""

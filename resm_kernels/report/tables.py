@@ -26,7 +26,7 @@ def plan_table(plan: MergePlan) -> RenderableType:
         row = groups.setdefault((tensor.rule, tensor.reason or ""), [0, 0, 0])
         row[0] += 1
         row[1] += tensor.read_bytes
-        row[2] += tensor.held_bytes - tensor.read_bytes
+        row[2] += tensor.write_bytes
     for (rule, reason), (count, read, written) in groups.items():
         by_rule.add_row(rule, reason, str(count), size(read), size(written))
     totals = _facts(

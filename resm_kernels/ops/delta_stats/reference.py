@@ -21,8 +21,6 @@ class DeltaStats:
     count: int
     abs_sum: float
     square_sum: float
-    maximum: float
-    zero_count: int
     threshold: float
     outlier_mass: float
     outlier_count: int
@@ -70,15 +68,12 @@ def delta_stats(
         a, origin = (buffer[: piece.stop - piece.start] for buffer in buffers)
         return a.copy_(expert[piece]).sub_(origin.copy_(base[piece])).abs_()
 
-    abs_sum = square_sum = maximum = 0.0
-    zero_count = 0
+    abs_sum = square_sum = 0.0
     for piece in chunks(count):
         a = magnitude(piece)
         wide = wide_buffer[: a.numel()].copy_(a)
         abs_sum += float(wide.sum())
         square_sum += float(wide.square_().sum())
-        maximum = max(maximum, float(a.max()))
-        zero_count += a.numel() - int(a.count_nonzero())
 
     mean = abs_sum / count if count else 0.0
     mean_square = square_sum / count if count else 0.0
@@ -89,15 +84,13 @@ def delta_stats(
     for piece in chunks(count):
         a = magnitude(piece)
         sparse_count += int((a <= floor).count_nonzero())
-        outliers = torch.nn.functional.threshold_(a, threshold, 0.0)
+        outliers = torch.nn.functional.threshold(a, threshold, 0.0, inplace=True)
         outlier_count += int(outliers.count_nonzero())
         outlier_mass += float(wide_buffer[: a.numel()].copy_(outliers).sum())
     return DeltaStats(
         count=count,
         abs_sum=abs_sum,
         square_sum=square_sum,
-        maximum=maximum,
-        zero_count=zero_count,
         threshold=threshold,
         outlier_mass=outlier_mass,
         outlier_count=outlier_count,
