@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ResmError as error:
-        print(f"resm: {error}", file=sys.stderr)
+        print(f"resm: {_printable(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("resm: interrupted", file=sys.stderr)
@@ -46,8 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, UnicodeError, MemoryError) as error:
-        print(f"resm: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"resm: {type(error).__name__}: {_printable(error)}", file=sys.stderr)
         return 1
+
+
+def _printable(error: Exception) -> str:
+    """An error's text in which names from files cannot command the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -205,7 +210,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _what(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `api.plan` that say what to merge."""
-    import yaml
+    from resm_kernels.recipe import parse_yaml
 
     inline = {
         "--base": options.base,
@@ -235,10 +240,7 @@ def _what(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--param: got {text!r}", expected="NAME=VALUE")
-        try:
-            parameters[name] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UsageError(f"--param {name}: not a value: {value!r}") from error
+        parameters[name] = parse_yaml(value, f"--param {name}={value}")
     if options.lambda_ is not None:
         parameters["lambda"] = options.lambda_
     return {

@@ -193,13 +193,17 @@ def load_recipe(path: Path) -> Recipe:
 
 def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
     """Parse recipe text; RecipeError lists every mistake in it."""
+    return build_recipe(parse_yaml(text, source), source)
+
+
+def parse_yaml(text: str | bytes, source: str) -> Any:
+    """Plain data from YAML: no tags, aliases, merge keys or repeated keys."""
     try:
-        content = yaml.load(text, Loader=_StrictLoader)
+        return yaml.load(text, Loader=_StrictLoader)
     except RecursionError as error:
         raise RecipeError(source, ["nested too deeply"]) from error
     except Exception as error:  # PyYAML's constructors raise nearly anything on a wrong tag
         raise RecipeError(source, [f"not valid YAML: {' '.join(str(error).split())}"]) from error
-    return build_recipe(content, source)
 
 
 class _StrictLoader(yaml.SafeLoader):

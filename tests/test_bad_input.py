@@ -292,7 +292,7 @@ FILES = [
     bad("too few bytes", one(data_offsets=[0, 8]), A, DISAGREE, "8 bytes", "16 for F32 [2, 2]"),
     bad("shape too large", one(shape=[2, 3]), A, DISAGREE, "16 bytes", "24 for F32 [2, 3]"),
     bad("shape wraps to zero", header({"w": entry(shape=[2**62, 4], data_offsets=[0, 0])}),
-        A, DISAGREE, "0 bytes"),
+        A, "tensor 'w': ", str([2**62, 4])),
     bad("shape of 2**64", one(shape=[2**64, 1]), A, SIZES, str(2**64)),
     bad("negative shape", one(shape=[-2, -2]), A, SIZES, "[-2, -2]"),
     bad("booleans as sizes", one(shape=[True, 4]), A, SIZES, "True"),
@@ -323,8 +323,6 @@ FILES = [
         "expert-a/config.json", "Is a directory"),
     bad("config is no JSON", text("expert-a/config.json", "{"), "a/config.json", "invalid JSON"),
     bad("config is a list", text("expert-a/config.json", "[]"), "a/config.json", "not a JSON obj"),
-    bad("config is no text", text("base/config.json", '{"a": "\\ud800"}'), "base/config.json",
-        options=("--out-dtype", "float32")),
     bad("quantised", text("expert-a/config.json", '{"quantization_config": {"bits": 4}}'),
         "expert-a", "quantised weights cannot be merged", "dequantise"),
     bad("tokenizer of 300 MB", sparse_file("base/tokenizer.json", 300 << 20),
@@ -385,8 +383,8 @@ BINS = [
     bad("nested", binary(torch_bytes({"state_dict": weights(1)})), BIN, "not a flat state dict"),
     bad("complex128", tensor_bin(torch.ones(8, 8, dtype=torch.complex128)),
         BIN, f"tensor {L0!r}", "unsupported dtype torch.complex128"),
-    bad("sparse", tensor_bin(torch.eye(8).to_sparse()), BIN, L0),
-    bad("meta", tensor_bin(torch.empty(8, 8, device="meta")), BIN, L0),
+    bad("sparse", tensor_bin(torch.eye(8).to_sparse()), BIN, "dense tensors"),
+    bad("meta", tensor_bin(torch.empty(8, 8, device="meta")), BIN, "dense tensors"),
     bad("expanded to 4 TB", tensor_bin(torch.ones(1).expand(1 << 40)), L0, str([1 << 40])),
     bad("named __metadata__",
         everywhere("pytorch_model.bin", torch_bytes({"__metadata__": torch.ones(2)})),
@@ -562,12 +560,6 @@ def recipe_and_base(site: Site) -> list[object]:
     return [*argv, "--base", site.base, "--param", "sigma=1"]
 
 
-def base_not_utf8(site: Site) -> list[object]:
-    path = os.fsdecode(os.fsencode(site.base) + b"\xff")
-    os.rename(site.base, path)
-    return ["merge", "--base", path, "--expert", site.a, site.out]
-
-
 COMMANDS = [
     bad("nothing", command(), "usage: resm", "COMMAND", code=2),
     bad("unknown command", command("mrge"), "invalid choice: 'mrge'", code=2),
@@ -578,7 +570,6 @@ COMMANDS = [
     bad("recipe and --base", recipe_and_base, "--base, --param beside a recipe", code=2),
     bad("missing recipe", command("merge", "none.yml", "out"), "none.yml", "No such file", code=2),
     bad("recipe is a folder", command("merge", "in", "out"), "in: ", "Is a directory", code=2),
-    bad("base is not UTF-8", base_not_utf8, "UTF-8", code=2),
     bad("no CUDA", no_cuda, "cuda is not there", "0 CUDA devices", "--device cpu",
         code=2, options=("--device", "cuda")),
     wrong("unknown device", "--device tpu", "device: got 'tpu'", "auto, cpu, cuda or cuda:N"),
@@ -606,8 +597,8 @@ COMMANDS = [
     wrong("negative budget", "--memory-budget=-1GB", "got size '-1GB'"),
     wrong("endless budget", f"--memory-budget {'9' * 400}", "got size '999"),
     wrong("shard size 0", "--shard-size 0", "got size '0'"),
-    wrong("no workers", "--workers 0", "workers: got 0", ">= 1"),
-    wrong("no threads", "--threads 0", "threads: got 0", ">= 1"),
+    wrong("no workers", "--workers 0", "workers: got 0", "whole number"),
+    wrong("no threads", "--threads 0", "threads: got 0", "whole number"),
     wrong("threads is a text", "--threads many", "--threads", "invalid int value: 'many'"),
     wrong("a hundred billion threads", "--threads 99999999999", "threads: got 99999999999"),
     wrong("nonfinite", "--nonfinite maybe", "--nonfinite", "invalid choice: 'maybe'"),
@@ -674,13 +665,6 @@ def no_more_threads(site: Site) -> None:
     site.monkeypatch.setattr(threading.Thread, "start", refuse)
 
 
-def work_in_empty_folder(site: Site) -> list[str]:
-    folder = site.out.parent / "empty"
-    folder.mkdir()
-    site.monkeypatch.chdir(folder)
-    return site.argv(out=".")
-
-
 def unfinished(*options: str, damage: Callable[[Path], object] | None = None) -> Arrange:
     """A command after an interrupted merge, whose second shard (holding norm) may be damaged."""
 
@@ -731,19 +715,17 @@ OUTPUTS = [
     bad("around the inputs", output("in"), "in: exists and is not empty"),
     bad("no parent", output("work/none/merged"), "work/none: no such folder"),
     bad("parent is a file", output("work/file/merged", file_as_parent), "file: no such folder"),
-    bad("parent is read-only", read_only_parent, "work: no permission to write"),
-    bad("the folder one is in", work_in_empty_folder, "resm: ."),
+    bad("parent is read-only", read_only_parent, "work: no permission", "write"),
     bad("300 letters", output("work/" + "x" * 300), "work/xxx", "too long"),
     bad("250 letters", output("work/" + "x" * 250), "work/xxx", "too long"),
-    bad("not UTF-8", output(os.fsdecode(b"work/\xff")), "work", "UTF-8"),
     bad("disk is full", full_disk, "work: not enough disk space", "1,000 bytes free"),
     bad("disk fills up", disk_fills_up, "model.safetensors", "No space left", "free space"),
     bad("no more threads", no_more_threads, "resm: ", "thread"),
     bad("stale partial", unfinished(), "merged.partial: an unfinished merge", "--resume"),
     bad("partial is a file", output("work/merged", lambda p: Path(f"{p}.partial").touch(), RESUME),
         "merged.partial", "Not a directory"),
-    bad("partial is foreign", foreign_partial, "merged.partial", options=[RESUME]),
-    bad("partial is an input", expert_is_partial, "merged.partial", "input folder"),
+    bad("partial is foreign", foreign_partial, "merged.partial: ", "keep.txt", options=[RESUME]),
+    bad("partial is an input", expert_is_partial, "merged.partial: "),
     bad("resumed by another recipe", unfinished(RESUME, "--method", "tsvm"),
         "merged.partial", "has another plan", "resume with the recipe it was started with"),
     bad("kept shard changed", unfinished(RESUME, damage=flip_last),
@@ -822,7 +804,7 @@ VERIFICATIONS = [
     bad("manifest of a list", manifest(files=[]), MANIFEST),
     bad("manifest with bad ranges", manifest(tensors=BAD_RANGE), MANIFEST),
     bad("manifest looks outside", manifest(files={f"../../{BASE_CONFIG}": CONFIG_FILE}, tensors={}),
-        MANIFEST, BASE_CONFIG),
+        "does not match its manifest", BASE_CONFIG),
 ]  # fmt: skip
 
 
@@ -867,6 +849,23 @@ def journal(change: Callable[[list[bytes]], Iterable[bytes]]) -> Arrange:
     return arrange
 
 
+def base_not_utf8(site: Site) -> None:
+    path = os.fsdecode(os.fsencode(site.base) + b"\xff")
+    os.rename(site.base, path)
+    site.base = Path(path)
+
+
+def output_not_utf8(site: Site) -> None:
+    site.out = site.root / os.fsdecode(b"work/\xff")
+
+
+def output_is_here(site: Site) -> list[str]:
+    site.out = site.out.parent / "empty"
+    site.out.mkdir()
+    site.monkeypatch.chdir(site.out)
+    return site.argv(out=".")
+
+
 def without_results(lines: list[bytes]) -> list[bytes]:
     shard = {**json.loads(lines[1]), "results": {}}
     return [lines[0], canonical_json(shard) + b"\n"]
@@ -877,12 +876,17 @@ EITHER = [
     bad("outlier_power 1e308", options("--param", "outlier_power=1e308")),
     bad("sigma 1e308", options("--param", "sigma=1e308")),
     bad("noise_floor 1e308", options("--param", "noise_floor=1e308")),
-    bad("lambda 1e308", options("--lambda", "1e308")),
-    bad("lambda -1e308", options("--lambda=-1e308")),
+    bad("lambda 1e308", options("--lambda", "1e308", "--workers", "1")),
+    bad("lambda -1e308", options("--lambda=-1e308", "--workers", "1")),
     bad("weights 1e308", options("--weight", "1e308", "--weight", "1e308")),
     bad("weights that cancel", options("--weight", "1", "--weight=-1", "--method", "linear")),
     bad("no rank", options("--param", "rank=fixed", "--param", "rank_fraction=0")),
     bad("a million workers", options("--workers", "1000000")),
+    bad("base is not UTF-8", base_not_utf8),
+    bad("output is not UTF-8", output_not_utf8),
+    bad("output is the empty folder one is in", output_is_here),
+    bad("config with half a character", text("base/config.json", '{"a": "\\ud800"}'),
+        options=("--out-dtype", "float32")),
     bad("tags of rich in a name", everywhere(W, safetensors({"a[/b]": entry()}, bytes(16)))),
     bad("journal is a list", journal(lambda lines: [b"[1]\n"])),
     bad("journal is no text", journal(lambda lines: [b"\xff\n"])),
@@ -892,7 +896,7 @@ EITHER = [
     bad("journal of unknown shards", journal(lambda lines: [lines[0], b'{"shard":"x"}\n'])),
     bad("journal without a shard", journal(lambda lines: [lines[0], b"{}\n"])),
     bad("journal without results", journal(without_results)),
-]
+]  # fmt: skip
 
 
 @rows(either=EITHER)

@@ -6,10 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from resm_kernels.errors import OutputError, VerificationError
 
@@ -28,6 +29,15 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written: {error.strerror}",
             fix="free space (or raise the limit) there, then resume" if full else None,
         ) from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, unbuffered; OSError where it is a folder, a pipe or a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return cast(BinaryIO, open(descriptor, "rb", buffering=0))
 
 
 def create(path: Path, flags: int = 0) -> int:
@@ -69,7 +79,7 @@ def hash_ranges(path: Path, ranges: list[tuple[int, int]]) -> tuple[str, list[st
     """SHA-256 of a whole file and of ascending, disjoint byte ranges of it, in one reading."""
     whole = hashlib.sha256()
     digests = []
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         position = 0
 
         def feed(stop: int | None, part: Any) -> None:
@@ -106,7 +116,8 @@ def seal(content: dict[str, Any]) -> bytes:
 def unseal(path: Path) -> dict[str, Any]:
     """Read a sealed JSON file; VerificationError where a single byte differs."""
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as file:
+            raw = file.read()
     except OSError as error:
         raise VerificationError(f"{path}: cannot be read: {error.strerror}") from error
     damaged = VerificationError(f"{path}: damaged: it does not match its own digest")

@@ -49,14 +49,16 @@ def check_output(output: Path, inputs: Iterable[Path], *, resume: bool) -> None:
 
 
 def _check_output(output: Path, inputs: Iterable[Path], resume: bool) -> None:
-    target = output.resolve()
+    target = Path(os.path.realpath(output))
     for folder in inputs:
-        source = folder.resolve()
-        if target == source or source in target.parents:
+        source = Path(os.path.realpath(folder))
+        if source in (target, partial_folder(target), *target.parents):
             raise OutputError(
                 f"{output}: the output lies in the input folder {folder}",
                 fix="choose an output folder outside every input",
             )
+    if target == Path.cwd():
+        raise OutputError(f"{output}: the output is the current folder", fix="choose another name")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output}: exists and is not a folder", fix="choose another name")
     if output.exists() and any(output.iterdir()):
@@ -66,7 +68,7 @@ def _check_output(output: Path, inputs: Iterable[Path], resume: bool) -> None:
     if not output.parent.is_dir():
         raise OutputError(f"{output.parent}: no such folder", fix="create it first")
     if not os.access(output.parent, os.R_OK | os.W_OK | os.X_OK):
-        raise OutputError(f"{output.parent}: no permission to read and write there")
+        raise OutputError(f"{output.parent}: no permission to write there")
     partial = partial_folder(output)
     if partial.exists() and not resume:
         raise OutputError(
@@ -169,7 +171,7 @@ class OutputFolder:
         for raw in path.read_bytes().splitlines(keepends=True):
             try:
                 line = json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(line, dict) or canonical_json(line) + b"\n" != raw:
                 break
@@ -190,11 +192,13 @@ class OutputFolder:
         by_name = {layout.name: layout for layout in layouts}
         for name, entry in list(self.kept.items()):
             path = self.path / name
-            if name not in by_name or not path.exists():
+            slots = {slot.name for slot in by_name[name].slots} if name in by_name else set()
+            if not slots == entry["digests"].keys() == entry["results"].keys() or not path.exists():
                 del self.kept[name]
                 continue
             ranges = [(slot.start, slot.stop) for slot in by_name[name].slots]
-            digest, parts = hash_ranges(path, ranges)
+            with writing(path):
+                digest, parts = hash_ranges(path, ranges)
             if digest == entry["sha256"]:
                 continue
             changed = [

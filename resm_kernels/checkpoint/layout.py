@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resm_kernels.checkpoint.dtypes import DTYPES, DType
+from resm_kernels.checkpoint.files import open_regular
 from resm_kernels.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
@@ -116,7 +117,7 @@ def read_safetensors_header(path: Path) -> WeightFile:
         overlap, leave holes or do not end with the file.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             stamp = FileStamp.of(os.fstat(file.fileno()))
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -185,7 +186,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
         raise fail(f"unknown dtype; this package reads {', '.join(DTYPES)}", entry["dtype"])
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or len(shape) > MAX_RANK or _overflows(shape):
-        raise fail("the shape must be a list of sizes", shape)
+        raise fail("the shape must be a list of sizes whose product is below 2**63", shape)
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise fail("data_offsets must be [start, stop]", offsets)
     nbytes = math.prod(shape) * dtype.size
@@ -214,7 +215,7 @@ def _overflows(shape: list[int]) -> bool:
 def read_json(path: Path) -> Any:
     """Read a JSON file strictly: no repeated keys, no NaN, bounded size and depth."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             raw = file.read(MAX_JSON + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -255,10 +256,10 @@ def read_index(path: Path) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard not in ("", ".", "..")
-        if not plain or any(c in shard for c in "/\\\0"):
+        if not plain or len(shard) > 255 or any(c in shard for c in "/\\\0"):
             raise _bad(
                 path,
-                f"tensor {name!r}: the shard name leaves the folder",
+                f"tensor {name!r}: the shard name is no file of this folder",
                 got=repr(shard)[:200],
                 expected="a plain file name",
             )

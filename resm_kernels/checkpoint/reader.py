@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from resm_kernels.checkpoint.dtypes import BY_TORCH
+from resm_kernels.checkpoint.files import open_regular
 from resm_kernels.checkpoint.hub import ModelReference, locate
 from resm_kernels.checkpoint.layout import (
     INDEX_SUFFIX,
@@ -78,7 +78,7 @@ def _open(reference: ModelReference, entry: Path, single_file: bool) -> Checkpoi
 
 
 def _entry_file(folder: Path) -> Path:
-    singles = sorted(folder.glob("*.safetensors"))
+    singles = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("adapter_model*")))
     indexes = sorted(folder.glob(f"*.safetensors{INDEX_SUFFIX}"))
     for name in ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}"):
         if (folder / name).exists():
@@ -106,24 +106,21 @@ def _entry_file(folder: Path) -> Path:
 
 
 def _read_file(path: Path) -> WeightFile:
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: not a regular file")
     if path.suffix == ".safetensors":
         return read_safetensors_header(path)
     return _read_torch_file(path)
 
 
 def _read_torch_file(path: Path) -> WeightFile:
-    stamp = FileStamp.of(path.stat())
+    with open_regular(path) as file:
+        stamp = FileStamp.of(os.fstat(file.fileno()))
     tensors, lines = {}, []
     for name, tensor in load_torch_file(path).items():
         dtype = BY_TORCH.get(tensor.dtype)
         if dtype is None:
             raise CheckpointError(f"{path}: tensor {name!r}: unsupported dtype {tensor.dtype}")
+        if name == "__metadata__" or (not name.isascii() and not _is_text(name)):
+            raise CheckpointError(f"{path}: tensor {name!r}: not a name that safetensors can hold")
         shape = tuple(tensor.shape)
         tensors[name] = TensorInfo(name, dtype, shape, path, 0, 0)
         lines.append(f"{name} {dtype.name} {shape}")
@@ -143,21 +140,31 @@ def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
     except Exception as error:  # torch's unpickler raises nearly anything on damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"{path}: not a readable torch file: {reason}", fix=fix) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and _is_plain(value) for name, value in state.items()
-    ):
-        raise CheckpointError(
-            f"{path}: not a flat state dict", expected="a dict of names to dense tensors", fix=fix
-        )
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not a state dict", got=type(state).__name__, fix=fix)
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{path}: not a flat state dict",
+                got=f"{name!r}: {type(value).__name__}",
+                expected="names and dense tensors",
+                fix=fix,
+            )
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is not dense",
+                got=f"{value.layout} on {value.device}",
+                fix=fix,
+            )
     return state
 
 
-def _is_plain(value: object) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-    )
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _aliases(file: WeightFile) -> dict[str, str]:
@@ -193,8 +200,8 @@ class TensorReader:
         view = data.numpy().data
         where = f"{info.file}: tensor {info.name!r}"
         try:
-            descriptor = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
-            try:
+            with open_regular(info.file) as opened:
+                descriptor = opened.fileno()
                 check_stamp(file, os.fstat(descriptor))
                 done = 0
                 while done < info.nbytes:
@@ -207,8 +214,6 @@ class TensorReader:
                             fix="the file was truncated during the merge: restore it, then resume",
                         )
                     done += count
-            finally:
-                os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
         return data.view(info.dtype.torch).reshape(info.shape)

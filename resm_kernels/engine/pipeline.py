@@ -120,7 +120,10 @@ def run_plan(
         folder.verify_kept(plan.layouts)
         check_disk(plan, output, kept=folder.kept)
         companions = companion_files(plan.base, plan.recipe.out_dtype)
-        watch = MemoryWatch(limit=plan.peak_memory)
+        try:
+            watch = MemoryWatch(limit=plan.peak_memory)
+        except RuntimeError as error:
+            raise ResmError(f"the merge cannot start: {error}") from error
         try:
             _Run(plan, folder, report, progress).run()
         finally:
@@ -232,7 +235,7 @@ class _Run:
         try:
             self._stages[stage].submit(guarded)
         except RuntimeError as error:
-            self._fail(error)
+            self._fail(ResmError(f"the merge cannot go on: {error}", fix="fewer --workers"))
 
     def _fail(self, error: BaseException) -> None:
         """Remember the first error and let nothing more in."""

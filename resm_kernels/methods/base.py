@@ -18,6 +18,8 @@ import torch
 
 from resm_kernels.errors import UsageError
 
+LARGEST = 1e30
+"""Largest magnitude of a number in a recipe: far beyond use, inside float32."""
 Value = bool | int | float | str | tuple[str, ...]
 OptionsT = TypeVar("OptionsT")
 
@@ -58,12 +60,12 @@ class Option:
             number = None
         if number is None or isinstance(value, bool):
             raise ValueError(f"got {value!r}, expected a number")
-        low = float("-inf") if self.low is None else self.low
-        high = float("inf") if self.high is None else self.high
-        if not (low <= number <= high) or number in (float("inf"), float("-inf")):
-            bounds = [f">= {low:g}"] * (self.low is not None)
-            bounds += [f"<= {high:g}"] * (self.high is not None)
-            raise ValueError(f"got {value!r}, expected a number {' and '.join(bounds) or 'finite'}")
+        low = -LARGEST if self.low is None else self.low
+        high = LARGEST if self.high is None else self.high
+        if not low <= number <= high:
+            bounds = [f">= {low:g}"] * (number < low or self.low is not None)
+            bounds += [f"<= {high:g}"] * (number > high or self.high is not None)
+            raise ValueError(f"got {value!r}, expected a number {' and '.join(bounds)}".rstrip())
         return number
 
 

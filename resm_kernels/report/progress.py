@@ -29,7 +29,7 @@ class BarProgress:
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[tensor]}", style="dim"),
+            TextColumn("{task.fields[tensor]}", style="dim", markup=False),
             console=console,
             transient=True,
         )

@@ -28,7 +28,7 @@ def plan_table(plan: MergePlan) -> RenderableType:
         row[1] += tensor.read_bytes
         row[2] += tensor.write_bytes
     for (rule, reason), (count, read, written) in groups.items():
-        by_rule.add_row(rule, reason, str(count), size(read), size(written))
+        by_rule.add_row(rule, Text(reason), str(count), size(read), size(written))
     totals = _facts(
         {
             "read": size(plan.read_bytes),
@@ -70,7 +70,7 @@ def methods_table(methods: Iterable[Method[Any]]) -> RenderableType:
         ]
         table = Table(box=None, show_header=False, padding=(0, 2))
         for spec in method.specs.values():
-            table.add_row(f"  {spec.name}", _default(spec.default), spec.help)
+            table.add_row(f"  {spec.name}", Text(_default(spec.default)), Text(spec.help))
         parts += [table, Text()]
     return Group(*parts)
 

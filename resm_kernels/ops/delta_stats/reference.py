@@ -77,8 +77,10 @@ def delta_stats(
 
     mean = abs_sum / count if count else 0.0
     mean_square = square_sum / count if count else 0.0
-    threshold = mean + sigma * math.sqrt(max(mean_square - mean * mean, 0.0))
-    floor = noise_floor * math.sqrt(mean_square)
+    largest = torch.finfo(dtype).max
+    spread = math.sqrt(max(mean_square - mean * mean, 0.0))
+    threshold = min(mean + sigma * spread, largest)
+    floor = min(noise_floor * math.sqrt(mean_square), largest)
 
     outlier_mass, outlier_count, sparse_count = 0.0, 0, 0
     for piece in chunks(count):
