@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from resm_kernels import __version__
-from resm_kernels.errors import ResmError, UsageError
+from resm_kernels.errors import RecipeError, ResmError, UsageError
 
 if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
@@ -240,7 +240,11 @@ def _what(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--param: got {text!r}", expected="NAME=VALUE")
-        parameters[name] = parse_yaml(value, f"--param {name}={value}")
+        try:
+            parameters[name] = parse_yaml(value, text)
+        except RecipeError as error:
+            reason = "; ".join(error.mistakes)
+            raise UsageError(f"--param {name}: not a value: {value!r}", got=reason) from error
     if options.lambda_ is not None:
         parameters["lambda"] = options.lambda_
     return {
@@ -311,9 +315,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from resm_kernels import demo
 
-    results = demo.run(options.path, seed=options.seed)
+    results = demo.run(options.path, seed=options.seed, console=Console(stderr=options.json))
     if options.json:
         _print_json(results)
     return 0

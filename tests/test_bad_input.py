@@ -383,8 +383,8 @@ BINS = [
     bad("nested", binary(torch_bytes({"state_dict": weights(1)})), BIN, "not a flat state dict"),
     bad("complex128", tensor_bin(torch.ones(8, 8, dtype=torch.complex128)),
         BIN, f"tensor {L0!r}", "unsupported dtype torch.complex128"),
-    bad("sparse", tensor_bin(torch.eye(8).to_sparse()), BIN, "dense tensors"),
-    bad("meta", tensor_bin(torch.empty(8, 8, device="meta")), BIN, "dense tensors"),
+    bad("sparse", tensor_bin(torch.eye(8).to_sparse()), BIN, L0, "not dense"),
+    bad("meta", tensor_bin(torch.empty(8, 8, device="meta")), BIN, L0, "not dense"),
     bad("expanded to 4 TB", tensor_bin(torch.ones(1).expand(1 << 40)), L0, str([1 << 40])),
     bad("named __metadata__",
         everywhere("pytorch_model.bin", torch_bytes({"__metadata__": torch.ones(2)})),
@@ -665,6 +665,13 @@ def no_more_threads(site: Site) -> None:
     site.monkeypatch.setattr(threading.Thread, "start", refuse)
 
 
+def output_is_here(site: Site) -> list[str]:
+    empty = site.out.parent / "empty"
+    empty.mkdir()
+    site.monkeypatch.chdir(empty)
+    return site.argv(out=".")
+
+
 def unfinished(*options: str, damage: Callable[[Path], object] | None = None) -> Arrange:
     """A command after an interrupted merge, whose second shard (holding norm) may be damaged."""
 
@@ -716,6 +723,7 @@ OUTPUTS = [
     bad("no parent", output("work/none/merged"), "work/none: no such folder"),
     bad("parent is a file", output("work/file/merged", file_as_parent), "file: no such folder"),
     bad("parent is read-only", read_only_parent, "work: no permission", "write"),
+    bad("the current folder", output_is_here, ".: ", "current folder"),
     bad("300 letters", output("work/" + "x" * 300), "work/xxx", "too long"),
     bad("250 letters", output("work/" + "x" * 250), "work/xxx", "too long"),
     bad("disk is full", full_disk, "work: not enough disk space", "1,000 bytes free"),
@@ -859,13 +867,6 @@ def output_not_utf8(site: Site) -> None:
     site.out = site.root / os.fsdecode(b"work/\xff")
 
 
-def output_is_here(site: Site) -> list[str]:
-    site.out = site.out.parent / "empty"
-    site.out.mkdir()
-    site.monkeypatch.chdir(site.out)
-    return site.argv(out=".")
-
-
 def without_results(lines: list[bytes]) -> list[bytes]:
     shard = {**json.loads(lines[1]), "results": {}}
     return [lines[0], canonical_json(shard) + b"\n"]
@@ -884,7 +885,6 @@ EITHER = [
     bad("a million workers", options("--workers", "1000000")),
     bad("base is not UTF-8", base_not_utf8),
     bad("output is not UTF-8", output_not_utf8),
-    bad("output is the empty folder one is in", output_is_here),
     bad("config with half a character", text("base/config.json", '{"a": "\\ud800"}'),
         options=("--out-dtype", "float32")),
     bad("tags of rich in a name", everywhere(W, safetensors({"a[/b]": entry()}, bytes(16)))),

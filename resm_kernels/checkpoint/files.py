@@ -34,9 +34,11 @@ def writing(path: Path) -> Iterator[None]:
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading, unbuffered; OSError where it is a folder, a pipe or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        kind = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "Not a regular file"
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, kind, str(path))
     return cast(BinaryIO, open(descriptor, "rb", buffering=0))
 
 

@@ -259,7 +259,7 @@ def read_index(path: Path) -> dict[str, list[str]]:
         if not plain or len(shard) > 255 or any(c in shard for c in "/\\\0"):
             raise _bad(
                 path,
-                f"tensor {name!r}: the shard name is no file of this folder",
+                f"tensor {name!r}: the shard name leaves the folder",
                 got=repr(shard)[:200],
                 expected="a plain file name",
             )

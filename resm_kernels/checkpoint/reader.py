@@ -141,7 +141,7 @@ def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"{path}: not a readable torch file: {reason}", fix=fix) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: not a state dict", got=type(state).__name__, fix=fix)
+        raise CheckpointError(f"{path}: not a flat state dict", got=type(state).__name__, fix=fix)
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
@@ -154,6 +154,7 @@ def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
             raise CheckpointError(
                 f"{path}: tensor {name!r} is not dense",
                 got=f"{value.layout} on {value.device}",
+                expected="dense tensors in memory",
                 fix=fix,
             )
     return state
