@@ -96,8 +96,6 @@ def draw(accuracy: list[dict[str, object]], memory: list[dict[str, object]]) -> 
     ):
         values = [float(str(row[key])) for row in accuracy]
         left.bar(places + offset, values, 0.38, label=label, color=color)
-    left.axhline(1e-5, color="black", linewidth=0.8, linestyle="--")
-    left.text(-0.45, 1.3e-5, "contract 1e-5 (rank below 3/4 of p/T)", fontsize=8)
     left.set_yscale("log")
     left.set_ylim(1e-8, 10)
     left.set_xticks(places, [str(row["spectrum"]) for row in accuracy])
