@@ -303,3 +303,92 @@ def test_a_disk_that_returns_other_bytes_is_caught_before_the_shard_has_a_name(
     with pytest.raises(OutputError, match="read back differs from what was written"):
         resm_kernels.merge(base, experts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _merge_slowly(base: Path, experts: list[Path], output: Path) -> None:
+    """Merge with a slow worker; an interrupt must wait for it and then leave no thread behind."""
+    original = pipeline.merge_planned
+
+    def slow(*arguments: object) -> object:
+        time.sleep(0.5)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    pipeline.merge_planned = slow  # type: ignore[assignment]
+    try:
+        resm_kernels.merge(base, experts, output, workers=2)
+    except KeyboardInterrupt:
+        left = [t.name for t in threading.enumerate() if t.name.startswith("resm-")]
+        os._exit(1 if left or output.with_name(output.name + ".partial").exists() else 42)
+
+
+@pytest.mark.parametrize("delay", [0.2, 2.2, 2.6])
+def test_an_interrupt_waits_for_the_workers_and_cleans_up(
+    delay: float, family: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    """Nine tensors, two workers, half a second each: the last delays fall into the draining."""
+    base, experts, _ = family
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_merge_slowly, args=(base, experts, tmp_path / "out"))
+    process.start()
+    time.sleep(delay)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode in (42, 0)
+    assert (process.exitcode == 0) == (tmp_path / "out").exists()
+
+
+def test_threads_that_cannot_start_are_an_error_not_a_hang(
+    family: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts, _ = family
+    original = threading.Thread.start
+    for stage in ("resm-memory", "resm-read", "resm-compute", "resm-write", "resm-finish"):
+
+        def start(self: threading.Thread, stage: str = stage) -> None:
+            if self.name.startswith(stage):
+                raise RuntimeError("can't start new thread")
+            original(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(ResmError, match="can't start new thread"):
+                resm_kernels.merge(base, experts, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_unfinished_merge_is_left_alone(
+    family: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, experts, _ = family
+    thesis = tmp_path / "out.partial" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years")
+    with pytest.raises(OutputError, match="not an unfinished merge"):
+        resm_kernels.merge(base, experts, tmp_path / "out", resume=True)
+    assert thesis.read_text() == "years"
+
+
+@pytest.mark.parametrize("damaged", [None, "README.md", "config.json"])
+def test_a_folder_that_only_lacks_its_name_is_finished(
+    damaged: str | None,
+    family: tuple[Path, list[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, experts, whole = family
+    original = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target).name == "out":
+            raise KeyboardInterrupt
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(KeyboardInterrupt):
+            resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS)
+    if damaged:
+        (tmp_path / "out.partial" / damaged).write_text("torn")
+    report = resm_kernels.merge(base, experts, tmp_path / "out", shard_size=SHARDS, resume=True)
+    assert len(report.tensors) == 9
+    assert same_but_report(tmp_path / "out", whole)

@@ -171,6 +171,29 @@ def test_a_tied_head_that_the_base_stores_stays_tied(tmp_path: Path) -> None:
     assert not torch.equal(merged["lm_head.weight"], state["lm_head.weight"])
 
 
+def test_an_expert_that_untied_the_head_is_refused(tmp_path: Path) -> None:
+    state = make_state()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    base = save(tmp_path / "base", state, config=TIED)
+    expert = save(tmp_path / "expert", fine_tuned(state, 1), config=TIED)
+    with pytest.raises(PlanError, match=r"tied to lm_head\.weight in the base, but not in"):
+        resm_kernels.merge(base, [expert], tmp_path / "out")
+
+
+def test_equal_matrices_that_are_no_embeddings_are_not_tied(tmp_path: Path) -> None:
+    """All-zero matrices that happen to have vocab_size rows keep parameters of their own."""
+    names = [f"layers.{i}.o.weight" for i in range(3)]
+    state = {name: torch.zeros(16, 16) for name in names}
+    config = {"tie_word_embeddings": True, "vocab_size": 16}
+    base = save(tmp_path / "base", state, config=config)
+    tuned = {name: torch.ones(16, 16) for name in names}
+    expert = save(tmp_path / "e", tuned, config=config)
+    settings = {"lambda": [0.0, 1.0]}
+    resm_kernels.merge(base, [expert], tmp_path / "out", "task_arithmetic", parameters=settings)
+    merged = load(tmp_path / "out")
+    assert [float(merged[name][0, 0]) for name in names] == [0.0, 0.5, 1.0]
+
+
 def test_weights_that_share_storage_in_a_bin_stay_tied(tmp_path: Path) -> None:
     folders = []
     for seed in (0, 1):
@@ -255,6 +278,27 @@ def test_nonfinite_warn_keeps_the_base_s_value_there(method: str, tmp_path: Path
         rest = torch.ones_like(merged[name], dtype=torch.bool)
         rest[3, 4] = False
         assert torch.equal(merged[name][rest], same[name][rest])
+
+
+def test_copies_are_screened_like_merges(tmp_path: Path) -> None:
+    """A tensor that an expert lacks is copied, but not past the NaN and overflow checks."""
+    state = {"w": torch.ones(4, 4), "only": torch.tensor([1e6, float("nan")])}
+    base = save(tmp_path / "base", state)
+    expert = save(tmp_path / "e", {"w": torch.ones(4, 4)})
+    more = {"allow_missing": True, "out_dtype": "float16"}
+    with pytest.raises(NonFiniteError, match="'only': 1 of 2 values are NaN"):
+        resm_kernels.merge(base, [expert], tmp_path / "out", **more)
+    report = resm_kernels.merge(base, [expert], tmp_path / "out", nonfinite="warn", **more)
+    assert len(report.notes["only"]) == 2
+
+
+def test_linear_with_a_broken_base_uses_the_experts_alone(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", {"w": torch.full((4, 4), float("nan"))})
+    expert = save(tmp_path / "e", {"w": torch.ones(4, 4)})
+    for policy in ("error", "warn"):
+        output = tmp_path / policy
+        resm_kernels.merge(base, [expert], output, "linear", nonfinite=policy)
+        assert torch.equal(load(output)["w"], torch.ones(4, 4))
 
 
 def test_output_overflow_is_an_error(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from resm_kernels.checkpoint.files import (
     canonical_json,
     create,
     hash_ranges,
+    open_regular,
     sync_folder,
     unseal,
     write_file,
@@ -34,7 +35,10 @@ def absolute(output: Path) -> Path:
     """An output path without `.` and `..`; UsageError where no folder can have that name."""
     if not str(output) or "\0" in str(output):
         raise UsageError(f"output folder: got {str(output)!r}", expected="a path")
-    return Path(os.path.abspath(output))
+    path = Path(os.path.abspath(output))
+    if not path.name:
+        raise UsageError(f"output folder: got {path}", expected="a folder with a name")
+    return path
 
 
 def partial_folder(output: Path) -> Path:
@@ -168,7 +172,9 @@ class OutputFolder:
         if not path.exists():
             return []
         lines: list[dict[str, Any]] = []
-        for raw in path.read_bytes().splitlines(keepends=True):
+        with writing(path), open_regular(path) as file:
+            content = file.read()
+        for raw in content.splitlines(keepends=True):
             try:
                 line = json.loads(raw)
             except (ValueError, RecursionError):

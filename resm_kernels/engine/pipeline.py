@@ -170,7 +170,8 @@ class _Run:
         self.shards: dict[int, ShardFile] = {}
         self.results: dict[str, TensorResult] = {}
         self.error: BaseException | None = None
-        self._lock = threading.Lock()
+        self._change = threading.Condition()
+        self._running: set[Callable[[], None]] = set()
         self._busy = dict.fromkeys(("read", "compute", "write", "finish"), 0.0)
         self._stages = {
             "read": ThreadPoolExecutor(2, "resm-read"),
@@ -208,38 +209,51 @@ class _Run:
         self._collect(pending)
 
     def _join(self) -> None:
-        """Wait for every stage in order; an interrupt ends the work, never the waiting."""
+        """Wait until nothing runs; an interrupt ends the work, never the waiting.
+
+        Counted here, since a `Thread.join` that Ctrl-C interrupts takes the thread for ended
+        (CPython 3.10 to 3.12).
+        """
+        while True:
+            try:
+                with self._change:
+                    self._change.wait_for(lambda: not self._running)
+                break
+            except BaseException as error:
+                self._fail(error)
         for stage in self._stages.values():
-            while True:
-                try:
-                    stage.shutdown(wait=True, cancel_futures=self.error is not None)
-                    break
-                except BaseException as error:
-                    self._fail(error)
+            stage.shutdown(wait=True)
 
     def _submit(
         self, stage: str, work: Callable[..., None], tensor: PlannedTensor, *rest: object
     ) -> None:
         def guarded() -> None:
-            if self.error is not None:
-                return
             start = time.perf_counter()
             try:
-                work(tensor, *rest)
+                if self.error is None:
+                    work(tensor, *rest)
             except BaseException as error:
                 self._fail(error)
             finally:
-                with self._lock:
-                    self._busy[stage] += time.perf_counter() - start
+                self._ended(guarded, stage, time.perf_counter() - start)
 
+        with self._change:
+            self._running.add(guarded)
         try:
             self._stages[stage].submit(guarded)
         except RuntimeError as error:
             self._fail(ResmError(f"the merge cannot go on: {error}", fix="fewer --workers"))
+            self._ended(guarded, stage, 0.0)
+
+    def _ended(self, task: Callable[[], None], stage: str, seconds: float) -> None:
+        with self._change:
+            self._busy[stage] += seconds
+            self._running.discard(task)
+            self._change.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         """Remember the first error and let nothing more in."""
-        with self._lock:
+        with self._change:
             if self.error is None:
                 self.error = error
         self.ledger.close()
