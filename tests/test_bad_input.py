@@ -233,6 +233,11 @@ def tensor_bin(tensor: torch.Tensor) -> Arrange:
     return binary(torch_bytes({**weights(1), "layers.0.weight": tensor}))
 
 
+def nested(site: Site) -> bytes:
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+    return torch_bytes({**weights(1), L0: ragged})
+
+
 def bomb(site: Site) -> Bomb:
     return Bomb(site.root / "code-ran")
 
@@ -386,6 +391,7 @@ BINS = [
         BIN, f"tensor {L0!r}", "unsupported dtype torch.complex128"),
     bad("sparse", tensor_bin(torch.eye(8).to_sparse()), BIN, L0, "not dense"),
     bad("meta", tensor_bin(torch.empty(8, 8, device="meta")), BIN, L0, "not dense"),
+    bad("nested tensor", binary(nested), BIN, L0),
     bad("expanded to 4 TB", tensor_bin(torch.ones(1).expand(1 << 40)), L0, str([1 << 40])),
     bad("named __metadata__",
         everywhere("pytorch_model.bin", torch_bytes({"__metadata__": torch.ones(2)})),

@@ -175,9 +175,7 @@ class _Run:
         self._busy = dict.fromkeys(("read", "compute", "write", "finish"), 0.0)
         self._stages = {
             "read": ThreadPoolExecutor(2, "resm-read"),
-            "compute": ThreadPoolExecutor(
-                plan.workers, "resm-compute", torch.set_num_threads, (plan.options.threads,)
-            ),
+            "compute": ThreadPoolExecutor(plan.workers, "resm-compute"),
             "write": ThreadPoolExecutor(1, "resm-write"),
             "finish": ThreadPoolExecutor(1, "resm-finish"),
         }
@@ -266,6 +264,7 @@ class _Run:
 
     def _compute(self, tensor: PlannedTensor, inputs: list[torch.Tensor]) -> None:
         start = time.perf_counter()
+        torch.set_num_threads(self.plan.options.threads)
         merged = merge_planned(self.plan, tensor, inputs)
         inputs.clear()
         self.results[tensor.name] = TensorResult(
