@@ -368,7 +368,7 @@ INDEXES = [
         INDEX, "not a readable torch file"),
 ]  # fmt: skip
 
-NO_TORCH = "not a readable torch file"
+NO_TORCH = "not a torch file of the zip format"
 BAD_TENSOR = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."
 BINS = [
     bad("pickled code", binary(lambda site: torch_bytes({"w": bomb(site)})),
@@ -834,6 +834,7 @@ VERIFICATIONS = [
     output=OUTPUTS,
     verify=VERIFICATIONS,
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_refused(case: Case, site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     argv = case.command(site)
     before = snapshot(site.root)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import threading
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -131,6 +132,10 @@ def _read_torch_file(path: Path) -> WeightFile:
 def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
     """Map a `.bin` file's tensors into memory by torch's weights-only loader; no code runs."""
     fix = "convert it to safetensors with the library that wrote it"
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path}: not a torch file of the zip format (torch 1.6 and newer)", fix=fix
+        )
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -150,14 +155,14 @@ def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
                 expected="names and dense tensors",
                 fix=fix,
             )
-        if value.layout != torch.strided or value.device.type != "cpu":
+        if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
             raise CheckpointError(
                 f"{path}: tensor {name!r} is not dense",
                 got=f"{value.layout} on {value.device}",
                 expected="dense tensors in memory",
                 fix=fix,
             )
-    return state
+    return {name: value.detach() for name, value in state.items()}
 
 
 def _is_text(name: str) -> bool:

@@ -23,6 +23,7 @@ from resm_kernels.demo.models import (
     new_model,
     new_tokenizer,
     no_progress_bars,
+    one_thread,
     save_model,
 )
 from resm_kernels.demo.summary import print_summary
@@ -69,6 +70,7 @@ class Clock:
 
 
 @no_progress_bars()
+@one_thread()
 def run_experiment(root: Path, seed: int, scale: str, console: Console | None) -> dict[str, Any]:
     """Do what `resm_kernels.demo.run` promises, in a folder that is there and empty."""
     clock, sizes = Clock(), SCALES[scale]

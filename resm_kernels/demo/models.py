@@ -105,3 +105,17 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             untyped.enable_progress_bar()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Pin torch within a `with` block: such small products gain nothing from a second thread.
+
+    On a busy machine they lose: two threads took 130 s where one took 43.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -48,8 +48,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name, most in (
-            ("workers", 4096),
-            ("threads", 4096),
+            ("workers", 1024),
+            ("threads", 256),
             ("memory_budget", 1 << 62),
             ("shard_size", 1 << 62),
         ):
