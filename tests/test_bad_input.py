@@ -42,6 +42,7 @@ pytestmark = pytest.mark.timeout(20)
 
 A = "expert-a/model.safetensors"
 BIN = "expert-a/pytorch_model.bin"
+NO_TORCH = "not a torch file of the zip format"
 INDEX = "expert-a/model.safetensors.index.json"
 SHARDED = ("--shard-size", "300")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -365,10 +366,9 @@ INDEXES = [
     bad("weight_map is a list", index({"weight_map": [L0]}), INDEX, "no weight_map"),
     bad("index is no JSON", index("weight_map"), INDEX, "invalid JSON"),
     bad("shard is the index", index({"weight_map": {L0: "model.safetensors.index.json"}}),
-        INDEX, "not a readable torch file"),
+        INDEX, NO_TORCH),
 ]  # fmt: skip
 
-NO_TORCH = "not a torch file of the zip format"
 BAD_TENSOR = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."
 BINS = [
     bad("pickled code", binary(lambda site: torch_bytes({"w": bomb(site)})),
