@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import resm_kernels
 from resm_kernels.api import merge_state_dicts
 from resm_kernels.checkpoint.files import unseal
+from resm_kernels.engine import pipeline
 from resm_kernels.errors import CheckpointError, NonFiniteError, OutputError, PlanError
 from tests.checkpoints import contents, fine_tuned, make_state, save, save_family
 
@@ -344,21 +345,22 @@ def test_companion_files_are_copied_and_code_only_where_needed(tmp_path: Path) -
     assert resm_kernels.verify(tmp_path / "coded").files == len(contents(tmp_path / "coded"))
 
 
+@pytest.mark.parametrize("moment", ["MemoryWatch", "merge_planned", "last"])
 def test_inputs_that_change_during_the_merge_are_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from resm_kernels.engine import pipeline
-
+    """Between two reads, and, for the last tensor, after the reads and before the end."""
     base, experts = save_family(tmp_path)
-    original = pipeline.merge_planned
+    room, name = (pipeline.MemoryWatch, "stop") if moment == "last" else (pipeline, moment)
+    original = getattr(room, name)
 
-    def tamper(*arguments: object) -> object:
+    def tamper(*arguments: object, **options: object) -> object:
         with open(experts[0] / "model.safetensors", "r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\0")
-        return original(*arguments)  # type: ignore[arg-type]
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "merge_planned", tamper)
+    monkeypatch.setattr(room, name, tamper)
     with pytest.raises(CheckpointError, match="changed after the merge was planned"):
         resm_kernels.merge(base, experts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
