@@ -38,7 +38,7 @@ def merge(
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
     out_dtype: str | None = None,
-    device: str = "auto",
+    device: str = "cpu",
     workers: int | None = None,
     threads: int = 1,
     memory_budget: int | str | None = None,

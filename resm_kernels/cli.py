@@ -110,7 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     how = merge.add_argument_group("how to merge")
     how.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     how.add_argument("--resume", action="store_true", help="finish an interrupted merge")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    how.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu (default), cuda, cuda:N or auto; nothing has been measured on a GPU yet",
+    )
     how.add_argument("--workers", type=int, metavar="N", help="weights merged at a time")
     how.add_argument(
         "--threads",

@@ -36,7 +36,6 @@ def diagnose() -> dict[str, Any]:
         for i in range(torch.cuda.device_count())
     ]
     extension = importlib.util.find_spec("resm_kernels._cusolver") is not None
-    device = "cuda" if devices else "cpu"
     return {
         "resm_kernels": __version__,
         "python": platform.python_version(),
@@ -47,9 +46,9 @@ def diagnose() -> dict[str, Any]:
         "cuda_devices": devices,
         "cusolver_extension": "present" if extension else "not built: torch is used instead",
         "runs_on": {
-            "merging": f"{device} (change it with --device)",
-            "factorisations": f"torch.linalg in float64 on {device}",
-            "element-wise operations": f"torch on {device}",
+            "merging": "cpu unless --device says otherwise; not yet measured on a GPU",
+            "factorisations": "torch.linalg in float64, where merging runs",
+            "element-wise operations": "torch, where merging runs",
         },
     }
 

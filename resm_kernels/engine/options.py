@@ -20,7 +20,8 @@ class EngineOptions:
     Attributes
     ----------
     device : str
-        `auto` (a CUDA device where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        `cpu`, `cuda`, `cuda:1`, ..., or `auto`: a CUDA device where there is one. The CPU is the
+        default while nothing has been measured on a GPU.
     workers : int or None
         Weights merged at the same time; None is one per core on a CPU, one on a GPU.
     threads : int
@@ -37,7 +38,7 @@ class EngineOptions:
         Leave out, by name, tensors that the base lacks.
     """
 
-    device: str = "auto"
+    device: str = "cpu"
     workers: int | None = None
     threads: int = 1
     memory_budget: int | None = None
