@@ -210,7 +210,7 @@ class _Run:
         """Wait until nothing runs; an interrupt ends the work, never the waiting.
 
         Counted here, since a `Thread.join` that Ctrl-C interrupts takes the thread for ended
-        (CPython 3.10 to 3.12).
+        (seen on CPython 3.11).
         """
         while True:
             try:
