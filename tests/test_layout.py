@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from resm_kernels.checkpoint.dtypes import DTYPES
+from resm_kernels.checkpoint.files import open_regular
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import MAX_HEADER, read_safetensors_header
 from resm_kernels.checkpoint.reader import TensorReader, open_checkpoint
@@ -79,6 +81,13 @@ def test_header_lengths_past_the_file_allocate_nothing(length: int, tmp_path: Pa
     path = write(tmp_path / "x.safetensors", b"{}", length=length)
     with pytest.raises(CheckpointError, match="does not fit in the file"):
         read_safetensors_header(path)
+
+
+def test_files_are_read_through_a_buffer(tmp_path: Path) -> None:
+    """A raw file may return fewer bytes than asked (NFS, FUSE): a header would look cut short."""
+    path = write(tmp_path / "x.safetensors", {})
+    with open_regular(path) as file:
+        assert isinstance(file, io.BufferedReader)
 
 
 @pytest.mark.parametrize("size", range(8))

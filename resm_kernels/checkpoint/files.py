@@ -10,11 +10,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from resm_kernels.errors import OutputError, VerificationError
 
 PIECE = 16 << 20
+"""Bytes asked of the file system at once."""
 SEAL = "sha256"
 
 
@@ -32,14 +33,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, unbuffered; OSError where it is a folder, a pipe or a device."""
+    """Open a file for reading; OSError where it is a folder, a pipe or a device.
+
+    Buffered, since only then does `read(n)` go on until it has n bytes or the file ends.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         kind = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "Not a regular file"
         raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, kind, str(path))
-    return cast(BinaryIO, open(descriptor, "rb", buffering=0))
+    return open(descriptor, "rb")
 
 
 def create(path: Path, flags: int = 0) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from resm_kernels.checkpoint.dtypes import BY_TORCH
-from resm_kernels.checkpoint.files import open_regular
+from resm_kernels.checkpoint.files import PIECE, open_regular
 from resm_kernels.checkpoint.hub import ModelReference, locate
 from resm_kernels.checkpoint.layout import (
     INDEX_SUFFIX,
@@ -27,9 +27,6 @@ from resm_kernels.checkpoint.layout import (
     read_safetensors_header,
 )
 from resm_kernels.errors import CheckpointError
-
-PIECE = 16 << 20
-"""Bytes asked of the file system at once."""
 
 
 def open_checkpoint(reference: ModelReference) -> Checkpoint:
@@ -120,7 +117,7 @@ def _read_torch_file(path: Path) -> WeightFile:
         dtype = BY_TORCH.get(tensor.dtype)
         if dtype is None:
             raise CheckpointError(f"{path}: tensor {name!r}: unsupported dtype {tensor.dtype}")
-        if name == "__metadata__" or (not name.isascii() and not _is_text(name)):
+        if name == "__metadata__" or not _is_text(name):
             raise CheckpointError(f"{path}: tensor {name!r}: not a name that safetensors can hold")
         shape = tuple(tensor.shape)
         tensors[name] = TensorInfo(name, dtype, shape, path, 0, 0)
@@ -238,7 +235,7 @@ def same_data(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, Te
     if "torch" in (first[0].format, second[0].format):
         reader = TensorReader()
         return bool(torch.equal(reader.read(*first), reader.read(*second)))
-    with open(first[1].file, "rb") as a, open(second[1].file, "rb") as b:
+    with open_regular(first[1].file) as a, open_regular(second[1].file) as b:
         a.seek(first[1].start)
         b.seek(second[1].start)
         left = first[1].nbytes

@@ -22,7 +22,7 @@ from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.methods import METHODS
-from resm_kernels.ops.dtypes import CHUNK
+from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.recipe import Recipe, layer_positions
 
 NUMERICS = 1
@@ -244,7 +244,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
             key = matching.canonical(slot.name)
             settings = recipe.options(key, positions[key])
             weights = recipe.weights(key, positions[key])
-            rule, workspace = "copy", 4 * CHUNK
+            rule, workspace = "copy", chunk_workspace(slot.shape, len(sources), 8)
             if sources:
                 method.validate(weights, settings)
                 reason = method.declines(key, slot.shape, len(sources), settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import keyword
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,8 +180,9 @@ class Method(Generic[OptionsT]):
                 mistakes.append(f"{name}: {error}")
         if mistakes:
             raise UsageError(f"parameters of {self.name}: " + "; ".join(mistakes))
-        fields = {f.name.rstrip("_"): f.name for f in dataclasses.fields(self.options)}  # type: ignore[arg-type]
-        return self.options(**{fields[name]: value for name, value in checked.items()})
+        return self.options(
+            **{f"{n}_" if keyword.iskeyword(n) else n: value for n, value in checked.items()}
+        )
 
 
 def never_declines(name: str, shape: Sequence[int], experts: int, options: object) -> None:
