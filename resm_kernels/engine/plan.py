@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from resm_kernels.methods import METHODS
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.recipe import Recipe, layer_positions
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised whenever the same plan would give other bytes."""
 PREFETCH = 2
 """Weights read ahead of the workers."""
@@ -251,7 +252,8 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
                 rule = recipe.method if reason is None else "mean"
                 wide = any(s.info.dtype.name == "F64" for s in sources)
                 if reason is None:
-                    workspace = method.workspace(slot.shape, len(sources), 8 if wide else 4)
+                    itemsize = 8 if wide else 4
+                    workspace = method.workspace(slot.shape, len(sources), itemsize, settings)
             tensors.append(
                 PlannedTensor(
                     rule=rule,
@@ -282,6 +284,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         "numerics": NUMERICS,
         "version": __version__,
         "torch": torch.__version__,
+        "scipy": importlib.metadata.version("scipy"),
         "device": device.type,
         "threads": options.threads,
         "recipe": recipe.to_dict(),

@@ -1,11 +1,18 @@
 """Leading subspaces of deltas, polar factors of their concatenation, and what they merge to."""
 
 from resm_kernels.linalg.polar import PolarFactor, polar_factor
+from resm_kernels.linalg.solver import Mode, Route, Solver, SolverOptions, SolverPlan
 from resm_kernels.linalg.spectral import SpectralMerge, equalise, spectral_merge
-from resm_kernels.linalg.subspace import Subspace, leading_subspaces, numerical_rank
+from resm_kernels.linalg.subspace import FactoredDelta, Subspace, leading_subspaces, numerical_rank
 
 __all__ = [
+    "FactoredDelta",
+    "Mode",
     "PolarFactor",
+    "Route",
+    "Solver",
+    "SolverOptions",
+    "SolverPlan",
     "SpectralMerge",
     "Subspace",
     "equalise",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from resm_kernels.linalg.polar import polar_factor
+from resm_kernels.linalg.polar import PolarBackend, PolarFactor, polar_factor
 from resm_kernels.linalg.subspace import Subspace, leading_subspaces
 
 
@@ -17,21 +18,30 @@ class SpectralMerge:
 
     Attributes
     ----------
-    left, right : Tensor, m x K and n x K
-        Float64.
+    left, right : Tensor, m x k and n x k
+        Float32 or float64.
     null_directions : int
         Directions dropped by the polar factors, both sides together.
     backends : tuple of str
         What ran, in order, without repeats.
+    fallbacks : tuple of str
+        Why a route was left for another, without repeats.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     null_directions: int
     backends: tuple[str, ...]
+    fallbacks: tuple[str, ...] = ()
 
 
-def spectral_merge(subspaces: Sequence[Subspace], weights: Sequence[float]) -> SpectralMerge:
+def spectral_merge(
+    subspaces: Sequence[Subspace],
+    weights: Sequence[float],
+    *,
+    tolerance: float = math.inf,
+    polar: PolarBackend = "mixed",
+) -> SpectralMerge:
     """Combine leading subspaces as TSV-M does.
 
     Parameters
@@ -41,27 +51,30 @@ def spectral_merge(subspaces: Sequence[Subspace], weights: Sequence[float]) -> S
         min(m, n); past it the polar factors drop the surplus directions.
     weights : sequence of float
         Multiplies each expert's singular values.
+    tolerance, polar
+        The tolerance and the backend of `polar_factor`.
 
     Returns
     -------
     SpectralMerge
-        M = polar([U_1 .. U_T]) diag(w_t S_t) polar([V_1 .. V_T])^T with error below 1e-6
-        relative to a float64 SVD at the same ranks.
+        M = polar([U_1 .. U_T]) diag(w_t S_t) polar([V_1 .. V_T])^T.
 
     Notes
     -----
     Source: TSV-M, arXiv 2412.00081, section 4; the polar form of its two orthogonalising SVDs.
     """
-    left = torch.cat([s.left for s in subspaces], dim=1)
-    right = torch.cat([s.right for s in subspaces], dim=1)
+    left = polar_factor([s.left for s in subspaces], tolerance=tolerance, backend=polar)
+    right = polar_factor([s.right for s in subspaces], tolerance=tolerance, backend=polar)
     scale = torch.cat([s.values * w for s, w in zip(subspaces, weights, strict=True)])
-    polar_left, polar_right = polar_factor(left), polar_factor(right)
-    backends = [s.backend for s in subspaces] + [polar_left.backend, polar_right.backend]
+    dtype = torch.promote_types(left.basis.dtype, right.basis.dtype)
+    core = (left.mixing.to(dtype) * scale.to(dtype)) @ right.mixing.to(dtype).T
+    steps: list[Subspace | PolarFactor] = [*subspaces, left, right]
     return SpectralMerge(
-        left=left @ (polar_left.whitener * scale),
-        right=right @ polar_right.whitener,
-        null_directions=polar_left.null_directions + polar_right.null_directions,
-        backends=tuple(dict.fromkeys(backends)),
+        left=left.basis.to(dtype) @ core,
+        right=right.basis,
+        null_directions=left.null_directions + right.null_directions,
+        backends=tuple(dict.fromkeys(step.backend for step in steps)),
+        fallbacks=tuple(dict.fromkeys(step.fallback for step in steps if step.fallback)),
     )
 
 
@@ -89,9 +102,10 @@ def equalise(delta: torch.Tensor) -> tuple[SpectralMerge, int]:
     subspace = leading_subspaces(delta, smaller)
     mean = float(subspace.values.sum()) / smaller if smaller else 0.0
     merge = SpectralMerge(
-        left=subspace.left.mul_(mean),
+        left=subspace.left * mean,
         right=subspace.right,
         null_directions=smaller - subspace.rank,
         backends=(subspace.backend,),
+        fallbacks=(subspace.fallback,) if subspace.fallback else (),
     )
     return merge, subspace.rank

@@ -1,11 +1,14 @@
-"""Leading singular subspaces of one matrix in float64."""
+"""Leading singular subspaces of one delta, dense or given as factors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+
+from resm_kernels.linalg.eigen import ROWS, gram, leading_eigenpairs
 
 SAFE_EXPONENT = 400
 """Powers of two whose squares, summed, neither overflow nor vanish in float64."""
@@ -14,8 +17,33 @@ GRAM_RANGE = 1e-8
 
 
 @dataclass(frozen=True)
+class FactoredDelta:
+    """A delta given as the product left @ right.T, as a LoRA adapter gives it; never formed.
+
+    Attributes
+    ----------
+    left, right : Tensor, m x k and n x k
+        Any float dtypes; for LoRA, scaling * B and A^T.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """m, n."""
+        return self.left.shape[0], self.right.shape[0]
+
+
+Delta = torch.Tensor | FactoredDelta
+SubspaceBackend = Literal["gram", "projector", "svd", "textbook"]
+
+
+@dataclass(frozen=True)
 class Subspace:
-    """The leading r singular triplets of an m x n matrix, float64.
+    """The leading r singular triplets of an m x n matrix.
+
+    Float64; float32 from the textbook.
 
     Attributes
     ----------
@@ -24,9 +52,12 @@ class Subspace:
     values : Tensor, r
         Singular values, descending.
     numerical_rank : int
-        Rank of the whole matrix by `numerical_rank`; r never passes it.
+        Rank of the matrix by `numerical_rank`, as far as it was looked for; r never passes it.
     backend : str
-        `gram-fp64` or `svd-fp64`.
+        `gram-full`, `gram-partial` or `gram-projector` (how the eigenvectors of the Gram matrix
+        were found), `svd`, `textbook` or `factored`.
+    fallback : str or None
+        Why the route asked for was left, where it was.
     """
 
     left: torch.Tensor
@@ -34,11 +65,16 @@ class Subspace:
     right: torch.Tensor
     numerical_rank: int
     backend: str
+    fallback: str | None = None
 
     @property
     def rank(self) -> int:
         """Number of triplets kept."""
         return int(self.values.numel())
+
+    def transposed(self) -> Subspace:
+        """The triplets of the transposed matrix."""
+        return replace(self, left=self.right, right=self.left)
 
 
 def numerical_rank(values: torch.Tensor, longest: int) -> int:
@@ -61,18 +97,27 @@ def numerical_rank(values: torch.Tensor, longest: int) -> int:
     return int((values > tolerance * values[0]).sum())
 
 
-def leading_subspaces(delta: torch.Tensor, rank: int, *, energy: float | None = None) -> Subspace:
-    """Return the leading singular triplets of a matrix.
+def leading_subspaces(
+    delta: Delta,
+    rank: int,
+    *,
+    energy: float | None = None,
+    backend: SubspaceBackend = "gram",
+) -> Subspace:
+    """Return the leading singular triplets of a delta.
 
     Parameters
     ----------
-    delta : Tensor, m x n
+    delta : Tensor, m x n, or FactoredDelta
         Finite, any float dtype.
     rank : int
         The most triplets to keep; clamped to the numerical rank.
     energy : float, optional
         Keep the fewest triplets whose squares sum to this share of ||delta||_F^2 (at least one),
         never more than `rank`.
+    backend : str
+        `gram`, `projector` (the same, by matrix products alone), `svd` in float64, or
+        `textbook`: an SVD in float32. Factors are always merged in their core.
 
     Returns
     -------
@@ -81,66 +126,92 @@ def leading_subspaces(delta: torch.Tensor, rank: int, *, energy: float | None = 
 
     Notes
     -----
-    Eigenvectors V of the Gram matrix on the shorter side, then U = delta V / sigma. Subspaces
-    err by about eps64 * sigma_1 / (sigma_r * gap), which beats a float32 SVD whenever
+    Eigenvectors V of the float64 Gram matrix on the shorter side, then U = delta V / sigma.
+    Subspaces err by about eps64 * sigma_1 / (sigma_r * gap), which beats a float32 SVD whenever
     sigma_r > 1e-9 sigma_1. Where the kept eigenvalues span more than `GRAM_RANGE` a float64 SVD
-    is taken instead and named in `backend`.
+    is taken instead. Factors need a QR each and an SVD of their k x k core.
     """
-    rows, columns = delta.shape
-    if columns > rows:
-        flipped = leading_subspaces(delta.T, rank, energy=energy)
-        return Subspace(
-            left=flipped.right,
-            values=flipped.values,
-            right=flipped.left,
-            numerical_rank=flipped.numerical_rank,
-            backend=flipped.backend,
-        )
-
-    matrix, exponent = _in_range(delta.to(torch.float64))
+    if isinstance(delta, FactoredDelta):
+        return _of_factors(delta, rank, energy)
+    if delta.shape[1] > delta.shape[0]:
+        return leading_subspaces(delta.T, rank, energy=energy, backend=backend).transposed()
+    exponent = _extreme_exponent(delta)
     if exponent:
-        scaled = leading_subspaces(matrix, rank, energy=energy)
-        return replace(scaled, values=torch.ldexp(scaled.values, torch.tensor(exponent)))
-    eigenvalues, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    squares = eigenvalues.flip(0).clamp_(min=0.0)
+        scaled = torch.ldexp(delta, torch.tensor(-exponent))
+        found = leading_subspaces(scaled, rank, energy=energy, backend=backend)
+        return replace(found, values=torch.ldexp(found.values, torch.tensor(exponent)))
+    if backend in ("svd", "textbook"):
+        return _by_svd(delta, rank, energy, backend)
+
+    rows, columns = delta.shape
+    rank = min(rank, columns)
+    matrix = gram(delta)
+    total = float(matrix.diagonal().sum())
+    pairs = leading_eigenpairs(matrix, rank, by_projector=backend == "projector")
+    squares = pairs.values.clamp(min=0.0)
     known = numerical_rank(squares.sqrt(), rows)
-    kept = _kept(squares, min(rank, known), energy)
+    kept = _kept(squares, total, min(rank, known), energy)
     if kept and float(squares[kept - 1]) < GRAM_RANGE * float(squares[0]):
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        known = numerical_rank(values, rows)
-        kept = _kept(values.square(), min(rank, known), energy)
-        return Subspace(
-            left=left[:, :kept].contiguous(),
-            values=values[:kept],
-            right=right[:kept].T.contiguous(),
-            numerical_rank=known,
-            backend="svd-fp64",
-        )
+        reason = "gram: the kept eigenvalues span more than float64 holds"
+        return replace(_by_svd(delta, rank, energy, "svd"), fallback=reason)
     values = squares[:kept].sqrt()
-    right = vectors[:, columns - kept :].flip(1).contiguous()
+    right = pairs.vectors[:, :kept]
+    left = torch.empty(rows, kept, dtype=torch.float64, device=delta.device)
+    for start in range(0, rows, ROWS):
+        piece = slice(start, start + ROWS)
+        torch.mm(delta[piece].to(torch.float64), right, out=left[piece])
+    left.div_(values)
+    return Subspace(left, values, right, known, f"gram-{pairs.backend}", pairs.fallback)
+
+
+def _by_svd(
+    delta: torch.Tensor, rank: int, energy: float | None, backend: SubspaceBackend
+) -> Subspace:
+    dtype = torch.float32 if backend == "textbook" else torch.float64
+    left, values, right = torch.linalg.svd(delta.to(dtype), full_matrices=False)
+    known = numerical_rank(values, max(delta.shape))
+    squares = values.square()
+    kept = _kept(squares, float(squares.sum()), min(rank, known), energy)
     return Subspace(
-        left=(matrix @ right).div_(values),
-        values=values,
-        right=right,
+        left=left[:, :kept].contiguous(),
+        values=values[:kept],
+        right=right[:kept].T.contiguous(),
         numerical_rank=known,
-        backend="gram-fp64",
+        backend=backend,
     )
 
 
-def _in_range(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A matrix whose squares stay inside float64's range, and the power of two taken out.
+def _of_factors(delta: FactoredDelta, rank: int, energy: float | None) -> Subspace:
+    left, left_core = torch.linalg.qr(delta.left.to(torch.float64))
+    right, right_core = torch.linalg.qr(delta.right.to(torch.float64))
+    core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    known = numerical_rank(values, max(delta.shape))
+    squares = values.square()
+    kept = _kept(squares, float(squares.sum()), min(rank, known), energy)
+    return Subspace(
+        left=left @ core_left[:, :kept],
+        values=values[:kept],
+        right=right @ core_right[:kept].T,
+        numerical_rank=known,
+        backend="factored",
+    )
 
-    Only float64 inputs of extreme size are scaled; a power of two changes no digit.
+
+def _extreme_exponent(matrix: torch.Tensor) -> int:
+    """The power of two to take out so that squares stay inside float64's range; mostly 0.
+
+    Only float64 inputs of extreme size need it; a power of two changes no digit.
     """
-    low, high = torch.aminmax(matrix) if matrix.numel() else (torch.zeros(()), torch.zeros(()))
-    exponent = math.frexp(max(-float(low), float(high)))[1]
-    if abs(exponent) <= SAFE_EXPONENT or not bool(matrix.any()):
-        return matrix, 0
-    return torch.ldexp(matrix, torch.tensor(-exponent)), exponent
+    if matrix.dtype != torch.float64 or matrix.numel() == 0:
+        return 0
+    low, high = torch.aminmax(matrix)
+    largest = max(-float(low), float(high))
+    exponent = math.frexp(largest)[1]
+    return exponent if largest and abs(exponent) > SAFE_EXPONENT else 0
 
 
-def _kept(squares: torch.Tensor, limit: int, energy: float | None) -> int:
+def _kept(squares: torch.Tensor, total: float, limit: int, energy: float | None) -> int:
     if energy is None or limit <= 1:
         return limit
-    share = squares.cumsum(0) / squares.sum()
+    share = squares[:limit].cumsum(0) / total
     return min(limit, int((share < energy).sum()) + 1)

@@ -28,7 +28,9 @@ class TaskArithmeticOptions:
     normalize: bool = option(False, "divide the combined delta by the sum of the weights")
 
 
-def chunk_workspace(shape: Sequence[int], experts: int, itemsize: int) -> int:
+def chunk_workspace(
+    shape: Sequence[int], experts: int, itemsize: int, options: object = None
+) -> int:
     """Bytes of temporaries of a chunked element-wise pass."""
     return 4 * CHUNK * itemsize
 

@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
-from resm_kernels.linalg import SpectralMerge, equalise, leading_subspaces, spectral_merge
+from resm_kernels.linalg import Solver, SolverOptions, SpectralMerge, equalise
 from resm_kernels.methods.base import Merged, Method, matches, option
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
+from resm_kernels.ops.dtypes import compute_dtype
 from resm_kernels.ops.low_rank import PANEL, add_low_rank
 from resm_kernels.ops.mask import masked_delta
 
@@ -33,7 +34,18 @@ class SpectralOptions:
 
 
 @dataclass(frozen=True)
-class ResmOptions(SpectralOptions):
+class TruncatingOptions(SpectralOptions):
+    """Options of the methods that truncate every delta."""
+
+    solver: Literal["auto", "exact", "fast", "textbook"] = option(
+        "auto",
+        "auto: within the accuracy contract; exact: float64; fast: to 1e-2, gains on a GPU; "
+        "textbook: float32 SVDs as published",
+    )
+
+
+@dataclass(frozen=True)
+class ResmOptions(TruncatingOptions):
     """Options of `resm`; the defaults of beta, sigma, eta and gamma await the quality benchmark."""
 
     outlier_score: Literal["share", "mass", "count"] = option(
@@ -66,26 +78,30 @@ def spectral_declines(
     return None
 
 
-def spectral_workspace(shape: Sequence[int], experts: int, itemsize: int) -> int:
+def spectral_workspace(
+    shape: Sequence[int], experts: int, itemsize: int, options: TruncatingOptions
+) -> int:
     """Bytes that TSV-M and RESM hold at their peak, beyond inputs and output.
 
-    The largest of three phases, matrices in float64: factoring the last expert (its delta twice,
-    the Gram matrix and LAPACK's workspace, the factors so far), combining (factors, panels and
-    either their polar factors or the products), rebuilding (factors and their narrow copies).
-    The SVD step-up of a very steep spectrum holds up to two more float64 deltas.
+    Factoring and whitening as the solver plans them, or rebuilding: the factors, the low-rank
+    pair and the panels of the product. A step up to another route may hold more.
     """
-    rows, columns = shape
-    p = min(rows, columns)
-    total_rank = p // experts * experts
-    factors = 8 * (rows + columns) * total_rank
-    factoring = (itemsize + 8) * rows * columns + 8 * 5 * p * p + factors
-    combining = max(2 * factors + 8 * 6 * total_rank**2, 3 * factors + 8 * 2 * total_rank**2)
-    narrow = itemsize * (rows + columns) * total_rank
-    rebuilding = 2 * factors + narrow + _panels(shape, itemsize)
-    return int(SLACK * max(factoring, combining, rebuilding)) + BLAS_BUFFERS
+    ranks = [min(shape) // experts] * experts
+    plan = _solver(options, itemsize).plan(shape, ranks, itemsize=itemsize)
+    pair = (8 if plan.route.polar == "fp64" else 4) * sum(shape) * sum(ranks)
+    rebuilding = 8 * sum(shape) * sum(ranks) + 2 * pair + _panels(shape, itemsize) + BLAS_BUFFERS
+    return max(plan.workspace, rebuilding)
 
 
-def equalising_workspace(shape: Sequence[int], experts: int, itemsize: int) -> int:
+def _solver(options: TruncatingOptions, itemsize: int) -> Solver:
+    """Float64 checkpoints are merged in float64 unless the user asks for the textbook."""
+    mode = "exact" if itemsize == 8 and options.solver != "textbook" else options.solver
+    return Solver(SolverOptions(mode=mode))
+
+
+def equalising_workspace(
+    shape: Sequence[int], experts: int, itemsize: int, options: SpectralOptions
+) -> int:
     """Bytes that Iso-C holds at its peak: the summed delta and its polar factor in float64."""
     rows, columns = shape
     p = min(rows, columns)
@@ -103,12 +119,12 @@ def _tsvm(
     base: torch.Tensor,
     experts: Sequence[torch.Tensor],
     weights: Sequence[float],
-    options: SpectralOptions,
+    options: TruncatingOptions,
     out_dtype: torch.dtype,
 ) -> Merged:
     limit = min(base.shape) // len(experts)
     return _merge_subspaces(
-        base, experts, weights, [limit] * len(experts), options.lambda_, out_dtype, rule="tsvm"
+        base, experts, weights, [limit] * len(experts), options, out_dtype, rule="tsvm"
     )
 
 
@@ -139,7 +155,7 @@ def _resm(
         experts,
         [weight * user for weight, user in zip(outlier_weights, weights, strict=True)],
         [rank] * count,
-        options.lambda_,
+        options,
         out_dtype,
         rule="resm",
         energy=options.rank_energy if options.rank == "energy" else None,
@@ -165,7 +181,7 @@ def _iso_c(
         ranks=(rank,),
         weights=tuple(weights),
         backends=merge.backends,
-        notes=_null_note(merge),
+        notes=(*merge.fallbacks, *_null_note(merge)),
     )
 
 
@@ -212,34 +228,35 @@ def _merge_subspaces(
     experts: Sequence[torch.Tensor],
     weights: Sequence[float],
     ranks: Sequence[int],
-    scale: float,
+    options: TruncatingOptions,
     out_dtype: torch.dtype,
     *,
     rule: str,
     energy: float | None = None,
     floors: Sequence[float] | None = None,
 ) -> Merged:
+    solver = _solver(options, compute_dtype((base, *experts)).itemsize)
     subspaces = [
-        leading_subspaces(
+        solver.subspace(
             masked_delta(base, expert, floor=None if floors is None else floors[t]),
             ranks[t],
             energy=energy,
         )
         for t, expert in enumerate(experts)
     ]
-    merge = spectral_merge(subspaces, weights)
+    merge = solver.combine(subspaces, weights)
     notes = [
         f"expert {t + 1}: rank clamped from {ranks[t]} to its numerical rank {s.rank}"
         for t, s in enumerate(subspaces)
         if s.numerical_rank < ranks[t]
     ]
     return Merged(
-        add_low_rank(base, merge.left, merge.right, scale=scale, out_dtype=out_dtype),
+        add_low_rank(base, merge.left, merge.right, scale=options.lambda_, out_dtype=out_dtype),
         rule,
         ranks=tuple(s.rank for s in subspaces),
         weights=tuple(weights),
         backends=merge.backends,
-        notes=(*notes, *_null_note(merge)),
+        notes=(*notes, *merge.fallbacks, *_null_note(merge)),
     )
 
 
@@ -254,7 +271,7 @@ TSVM = Method(
     summary="task singular vectors: truncate every delta, orthogonalise across experts",
     formula="W_0 + lambda * polar(U) diag(S_t) polar(V)^T, leading floor(p/T) triplets each",
     source="TSV-M, arXiv 2412.00081",
-    options=SpectralOptions,
+    options=TruncatingOptions,
     merge=_tsvm,
     workspace=spectral_workspace,
     declines=spectral_declines,

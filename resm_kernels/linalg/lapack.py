@@ -1,0 +1,122 @@
+"""The LAPACK routines that torch does not bind, from SciPy's build, without the GIL.
+
+SciPy publishes C entry points for Cython in `scipy.linalg.cython_lapack.__pyx_capi__`. Called
+through ctypes they release the GIL, which SciPy's own wrappers hold: several weights can be
+factored at once. Its OpenBLAS runs on one thread meanwhile: tridiagonalisation does not scale,
+and one thread gives the same bytes on every machine of one kind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+BLOCK = 64
+"""Workspace columns per row; LAPACK's block sizes are at most this."""
+
+
+class _OneThread:
+    """Hold SciPy's BLAS at one thread while any caller is inside; the last one out restores."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._limits: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._limits = _scipy_blas().limit(limits=1)
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limits.restore_original_limits()
+
+
+_one_thread = _OneThread()
+
+
+@functools.cache
+def _scipy_blas() -> Any:
+    import scipy.linalg  # noqa: F401  # loads the library that is looked for
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+@functools.cache
+def _routine(name: str, arguments: int) -> Callable[..., None]:
+    from scipy.linalg import cython_lapack
+
+    capsule = cython_lapack.__pyx_capi__[name]
+    name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    pointer_of.restype = ctypes.c_void_p
+    pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    address = pointer_of(capsule, name_of(capsule))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
+
+
+def _call(name: str, *arguments: int | bytes | npt.NDArray[Any]) -> None:
+    """Call a routine by reference and raise if its last argument, `info`, is not zero."""
+    info = ctypes.c_int(0)
+    held: list[Any] = []
+    pointers: list[int | None] = []
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            pointers.append(argument.ctypes.data)
+            continue
+        value = ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_char(argument)
+        held.append(value)
+        pointers.append(ctypes.addressof(value))
+    with _one_thread:
+        _routine(name, len(pointers) + 1)(*pointers, ctypes.addressof(info))
+    if info.value:
+        raise np.linalg.LinAlgError(f"LAPACK {name} failed with info = {info.value}")
+
+
+class Tridiagonal:
+    """A symmetric matrix reduced to G = Q T Q^T with T tridiagonal.
+
+    Parameters
+    ----------
+    gram : ndarray, n x n, float64, C-contiguous
+        Its diagonal and upper triangle are overwritten: they keep the reflectors that make up Q.
+
+    Attributes
+    ----------
+    diagonal, off_diagonal : ndarray, n and n - 1
+        T.
+    """
+
+    def __init__(self, gram: npt.NDArray[np.float64]) -> None:
+        n = gram.shape[0]
+        self._reflectors, self._scales = gram, np.empty(max(n - 1, 1))
+        self.diagonal, self.off_diagonal = np.empty(n), np.empty(max(n - 1, 0))
+        off = self.off_diagonal if n > 1 else np.empty(1)
+        work = np.empty(BLOCK * n)
+        _call("dsytrd", b"L", n, gram, n, self.diagonal, off, self._scales, work, work.size)
+
+    def eigenvalues(self) -> Vector:
+        """All eigenvalues, ascending (sterf: implicit QL, absolute error about eps * ||T||)."""
+        values, off = self.diagonal.copy(), np.append(self.off_diagonal, 0.0)
+        _call("dsterf", values.size, values, off)
+        return values
+
+    def back_transform(self, vectors: npt.NDArray[np.float64]) -> None:
+        """Replace r vectors, given as the rows of an r x n array, by Q times them."""
+        count, n = vectors.shape
+        work = np.empty(BLOCK * max(n, count))
+        _call(
+            "dormtr", b"L", b"L", b"N", n, count, self._reflectors, n, self._scales,
+            vectors, n, work, work.size,
+        )  # fmt: skip

@@ -1,0 +1,302 @@
+"""The solver: which route factors a weight, what it costs, and the merge by that route."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from resm_kernels.errors import PlanError
+from resm_kernels.linalg.eigen import ROWS, gram, is_partial, leading_eigenpairs
+from resm_kernels.linalg.polar import SMALL, PolarBackend
+from resm_kernels.linalg.spectral import SpectralMerge, spectral_merge
+from resm_kernels.linalg.subspace import Delta, Subspace, SubspaceBackend, leading_subspaces
+
+Mode = Literal["auto", "exact", "fast", "textbook"]
+
+CONTRACT_SHARE = 0.75
+"""Up to this share of min(m, n) / T per expert the merged delta errs by at most 1e-5."""
+CONTRACT_TOLERANCE = 5e-6
+"""Estimated error of one polar factor that keeps the merge inside the contract."""
+FULL_RANK_TOLERANCE = 3e-5
+"""The same at full rank, where the float32 textbook errs by 1e-5 and more."""
+BLAS_BUFFERS = 24 << 20
+"""Bytes that BLAS and LAPACK libraries keep to pack their operands, once per thread."""
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How factorisations are done.
+
+    Attributes
+    ----------
+    mode : str
+        `auto` keeps the accuracy contract by the cheapest route whose own checks hold;
+        `exact` stays in float64 (error about 3e-7); `fast` may err by 1e-2 and gains on a GPU;
+        `textbook` is five float32 SVDs, as published, for comparison.
+    subspace, polar : str
+        A backend of `leading_subspaces` and of `polar_factor`, or `auto`: as the mode says.
+    workspace : int, optional
+        The most bytes a merge may hold beside its inputs; a plan past it is an error.
+    """
+
+    mode: Mode = "auto"
+    subspace: SubspaceBackend | Literal["auto"] = "auto"
+    polar: PolarBackend | Literal["auto"] = "auto"
+    workspace: int | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """The backends that a merge starts with; its result says which it ended with."""
+
+    subspace: SubspaceBackend
+    polar: PolarBackend
+
+
+def choose_route(device: str, options: SolverOptions) -> Route:
+    """The route for a device type (`cpu`, `cuda`): a pure function, nothing is timed.
+
+    On a CPU the projector loses to the partial eigen-decomposition (1.2 s against 0.1 s at
+    n = 1024, one thread), so `fast` is `auto` there.
+    """
+    on_gpu = device != "cpu"
+    routes = {
+        "auto": Route("gram", "express" if on_gpu else "mixed"),
+        "exact": Route("gram", "fp64"),
+        "fast": Route("projector", "express") if on_gpu else Route("gram", "mixed"),
+        "textbook": Route("textbook", "textbook"),
+    }
+    route = routes[options.mode]
+    return Route(
+        route.subspace if options.subspace == "auto" else options.subspace,
+        route.polar if options.polar == "auto" else options.polar,
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a merge, by what does them."""
+
+    gemm_fp64: float = 0.0
+    gemm_fp32: float = 0.0
+    partial_eigen: float = 0.0
+    eigen_fp64: float = 0.0
+    eigen_fp32: float = 0.0
+    svd_fp32: float = 0.0
+    svd_fp64: float = 0.0
+
+    def seconds(self, rates: Work) -> float:
+        """Predicted time at `rates`, in operations per second."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(rates), strict=True)
+        return float(sum(work / rate for work, rate in pairs if work))
+
+
+@dataclass(frozen=True)
+class SolverPlan:
+    """What a merge of one weight will take.
+
+    Attributes
+    ----------
+    route : Route
+    workspace : int
+        Peak bytes beside base, experts and output.
+    work : Work
+        Without fallbacks.
+    """
+
+    route: Route
+    workspace: int
+    work: Work
+
+
+class Solver:
+    """Factor and merge the deltas of one weight after another.
+
+    Parameters
+    ----------
+    options : SolverOptions
+    """
+
+    def __init__(self, options: SolverOptions | None = None) -> None:
+        self.options = options or SolverOptions()
+
+    def plan(
+        self,
+        shape: Sequence[int],
+        ranks: Sequence[int],
+        *,
+        itemsize: int = 4,
+        device: str = "cpu",
+    ) -> SolverPlan:
+        """Predict what merging dense deltas of one shape takes.
+
+        Parameters
+        ----------
+        shape : m, n
+        ranks : sequence of int
+            One per expert.
+        itemsize : int
+            Bytes per entry of a delta.
+        device : str
+            Device type.
+        """
+        route = choose_route(device, self.options)
+        return SolverPlan(
+            route=route,
+            workspace=_workspace(shape, ranks, itemsize, route, device),
+            work=_work(shape, ranks, route, device),
+        )
+
+    def subspace(self, delta: Delta, rank: int, *, energy: float | None = None) -> Subspace:
+        """`leading_subspaces` by the route of the options."""
+        device = delta.device if isinstance(delta, torch.Tensor) else delta.left.device
+        route = choose_route(device.type, self.options)
+        return leading_subspaces(delta, rank, energy=energy, backend=route.subspace)
+
+    def combine(self, subspaces: Sequence[Subspace], weights: Sequence[float]) -> SpectralMerge:
+        """`spectral_merge` by the route of the options, inside the accuracy contract."""
+        left, right = subspaces[0].left, subspaces[0].right
+        route = choose_route(left.device.type, self.options)
+        share = sum(s.rank for s in subspaces) / max(1, min(left.shape[0], right.shape[0]))
+        tolerance = CONTRACT_TOLERANCE if share <= CONTRACT_SHARE else FULL_RANK_TOLERANCE
+        return spectral_merge(subspaces, weights, tolerance=tolerance, polar=route.polar)
+
+    def merge(
+        self, deltas: Sequence[Delta], ranks: Sequence[int], weights: Sequence[float] | None = None
+    ) -> SpectralMerge:
+        """Merge deltas, dense or factored, as TSV-M does.
+
+        Parameters
+        ----------
+        deltas : sequence of Tensor, m x n, or FactoredDelta
+            Finite.
+        ranks : sequence of int
+            The most triplets to keep of each.
+        weights : sequence of float, optional
+            Multiply each expert's singular values; 1 by default.
+
+        Raises
+        ------
+        PlanError
+            The plan passes `workspace`.
+        """
+        if self.options.workspace is not None:
+            sizes = [d.element_size() for d in deltas if isinstance(d, torch.Tensor)]
+            planned = self.plan(deltas[0].shape, ranks, itemsize=max(sizes, default=4)).workspace
+            if planned > self.options.workspace:
+                raise PlanError(
+                    f"factoring a {deltas[0].shape[0]} x {deltas[0].shape[1]} weight",
+                    got=f"{planned:,} bytes of workspace planned",
+                    expected=f"at most {self.options.workspace:,} bytes",
+                    fix="raise the limit or lower the ranks",
+                )
+        subspaces = [self.subspace(d, r) for d, r in zip(deltas, ranks, strict=True)]
+        return self.combine(subspaces, weights or [1.0] * len(deltas))
+
+
+def measured_rates(n: int = 512) -> Work:
+    """Operations per second of every kind of work on the CPU, measured on n x n (about 1 s)."""
+    sample = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+    matrix = gram(sample)
+    shape, third = (n, n), n // 3
+    wide, narrow = sample.to(torch.float64), matrix.to(torch.float32)
+
+    def rate(operations: float, run: Callable[[], object]) -> float:
+        run()
+        start = time.perf_counter()
+        run()
+        return operations / (time.perf_counter() - start)
+
+    return Work(
+        gemm_fp64=rate(2.0 * n**3, lambda: wide @ wide),
+        gemm_fp32=rate(2.0 * n**3, lambda: sample @ sample),
+        partial_eigen=rate(
+            _partial_work(n, third), lambda: leading_eigenpairs(matrix.clone(), third)
+        ),
+        eigen_fp64=rate(_full_work(n), lambda: torch.linalg.eigh(matrix)),
+        eigen_fp32=rate(_full_work(n), lambda: torch.linalg.eigh(narrow)),
+        svd_fp32=rate(_svd_work(shape), lambda: torch.linalg.svd(sample, full_matrices=False)),
+        svd_fp64=rate(_svd_work(shape), lambda: torch.linalg.svd(wide, full_matrices=False)),
+    )
+
+
+def _partial_work(n: int, count: int) -> float:
+    return 4 / 3 * n**3 + 2.0 * n * n * count
+
+
+def _full_work(n: int) -> float:
+    return 4 / 3 * n**3 + 8 / 3 * n**3 + 2.0 * n**3
+
+
+def _svd_work(shape: Sequence[int]) -> float:
+    longer, p = max(shape), min(shape)
+    return 4.0 * longer * p * p + 22.0 * p**3
+
+
+def _work(shape: Sequence[int], ranks: Sequence[int], route: Route, device: str) -> Work:
+    longer, p = max(shape), min(shape)
+    total = sum(ranks)
+    parts: dict[str, float] = dict.fromkeys((f.name for f in dataclasses.fields(Work)), 0.0)
+    for rank in ranks:
+        if route.subspace in ("svd", "textbook"):
+            parts["svd_fp64" if route.subspace == "svd" else "svd_fp32"] += _svd_work(shape)
+            continue
+        parts["gemm_fp64"] += 5 / 4 * longer * p * p + 2.0 * longer * p * rank
+        if route.subspace == "projector":
+            parts["gemm_fp64"] += 2.0 * p**3
+            parts["gemm_fp32"] += 10 * 6.0 * p**3
+            parts["eigen_fp64"] += _full_work(math.ceil(1.1 * rank))
+        elif is_partial(p, rank, device):
+            parts["partial_eigen"] += _partial_work(p, rank)
+        else:
+            parts["eigen_fp64"] += _full_work(p)
+    for rows in shape:
+        if route.polar == "textbook":
+            parts["svd_fp32"] += _svd_work((rows, total))
+            parts["gemm_fp32"] += 2.0 * rows * total**2
+        elif route.polar == "fp64" or total <= SMALL:
+            parts["gemm_fp64"] += 4.0 * rows * total**2
+            parts["eigen_fp64"] += _full_work(total)
+        elif route.polar == "express":
+            parts["gemm_fp32"] += 12 * (4.0 * rows * total**2 + 2.0 * total**3)
+        else:
+            parts["gemm_fp32"] += 2.7 * rows * total**2 + 0.6 * total**3
+            parts["eigen_fp32"] += _full_work(total)
+    wide = route.polar == "fp64" or total <= SMALL
+    parts["gemm_fp64" if wide else "gemm_fp32"] += 2.0 * total**3 + 2.0 * shape[0] * total**2
+    return Work(**parts)
+
+
+def _workspace(
+    shape: Sequence[int], ranks: Sequence[int], itemsize: int, route: Route, device: str
+) -> int:
+    """Bytes beside inputs and output: the largest of factoring, whitening and rebuilding."""
+    m, n = shape
+    longer, p, total = max(m, n), min(m, n), sum(ranks)
+    rank = max(ranks, default=0)
+    item = 4 if route.subspace == "textbook" else 8
+    factors = item * (m + n) * total
+    delta = itemsize * m * n
+    if route.subspace in ("svd", "textbook"):
+        factoring = delta + item * (3 * m * n + 4 * p * p)
+    elif route.subspace == "projector":
+        factoring = delta + 8 * 6 * p * p
+    elif is_partial(p, rank, device):
+        factoring = delta + 8 * (p * p + max(6 * p * rank, longer * rank) + ROWS * p)
+    else:
+        factoring = delta + 8 * (5 * p * p + ROWS * p)
+
+    if route.polar == "fp64" or total <= SMALL:
+        one, kept = 8 * (2 * longer * total + 5 * total**2), 8 * (longer * total + total**2)
+        joined = 8 * (m * total + total**2)
+    else:
+        one, kept = 4 * (2 * longer * total + 5 * total**2), 4 * (longer * total + total**2)
+        joined = 4 * (m * total + total**2)
+    whitening = factors + kept + max(one, joined)
+    return int(max(factors + factoring, whitening)) + BLAS_BUFFERS
