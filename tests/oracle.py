@@ -90,8 +90,20 @@ def spectrum(kind: str, p: int) -> Matrix:
 
 
 def make_delta(kind: str, m: int, n: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """A float32 delta: Gaussian `noise`, exact rank-4 `lora`, or a named spectrum."""
+    """A float32 delta: Gaussian `noise`, exact rank-4 `lora`, or a named spectrum.
+
+    The `bf16` kinds are the difference of two weights stored in bfloat16, as checkpoints have
+    them: of a rank-16 change (`lora16-bf16`) or of Gaussian noise (`noise-bf16`).
+    """
     p = min(m, n)
+    if kind.endswith("bf16"):
+        base = torch.from_numpy(0.02 * rng.standard_normal((m, n))).bfloat16()
+        if kind == "noise-bf16":
+            change = 1e-3 * rng.standard_normal((m, n))
+        else:
+            change = 5e-4 * rng.standard_normal((m, 16)) @ rng.standard_normal((16, n))
+        expert = (base.double() + torch.from_numpy(change)).bfloat16()
+        return (expert.float() - base.float()).numpy()
     if kind == "noise":
         return rng.standard_normal((m, n)).astype(np.float32)
     if kind == "lora":

@@ -88,7 +88,8 @@ def leading_eigenpairs(
     if by_projector and count and bool(matrix.any()):
         space = leading_eigenspace(matrix, count)
         if space is None:
-            return replace(_full(matrix, count), fallback="projector: no shift separates the rank")
+            reason = "projector: no shift separates the rank"
+            return replace(leading_eigenpairs(matrix, count), fallback=reason)
         found = (space * (matrix @ space)).sum(dim=0)
         return Eigenpairs(found, space, "projector")
     if not is_partial(matrix.shape[0], count, matrix.device.type):

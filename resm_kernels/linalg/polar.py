@@ -17,17 +17,17 @@ PANEL_RANGE = 1e-9
 """Smallest eigenvalue ratio that is read from a float64 Gram matrix; below it, an SVD."""
 SMALL = 256
 """Panels of up to this many columns are whitened in float64: it costs nothing there."""
-WEAK = 0.15
+WEAK = 0.3
 """Singular values below this have their couplings corrected: float32 eigenvectors mix them."""
 WEAKEST = 0.05
 """Singular values below this have their columns computed in float64."""
 UNSAFE = 2e-5
 """Smallest singular value that the mixed-precision route takes on."""
-COUPLING = 0.05
-"""Largest cosine between computed columns for which a first-order correction is enough."""
+COUPLING = 1e-3
+"""Largest length of a weak column's cosines with the others: its square is what stays wrong."""
 EXPRESS_RANGE = 1e-4
 """Smallest singular value, over the largest, that the products-only route brings to 1."""
-ORTHONORMAL = 1e-4
+ORTHONORMAL = 1e-6
 """Largest entry of |X^T X - I| with which it passes."""
 
 PolarBackend = Literal["mixed", "express", "fp64", "textbook"]
@@ -78,14 +78,14 @@ def polar_factor(
         The relative error that mixed precision may have by its own estimate; past it the panels
         are whitened in float64.
     backend : str
-        `mixed`, `express` (matrix products alone, float32), `fp64`, or `textbook`: an SVD in
+        `mixed`, `express` (matrix products alone, in float64), `fp64`, or `textbook`: an SVD in
         float32, null directions included. The first two give way to `fp64` where their own
         checks fail, and up to `SMALL` columns.
 
     Returns
     -------
     PolarFactor
-        float32 from the mixed, express and textbook routes, float64 from the others.
+        float32 from the mixed and textbook routes, float64 from the others.
 
     Notes
     -----
@@ -124,16 +124,11 @@ def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     if error > tolerance:
         raise _Declined(f"estimated error {error:.1e} above {tolerance:.1e}")
     basis = panel @ vectors
+    del panel
     if weakest:
-        start = vectors[:, :weakest].to(torch.float64)
-        found = torch.zeros_like(basis[:, :weakest], dtype=torch.float64)
-        for rows, p in _rows_of(panels):
-            found.addmm_(p.to(torch.float64), start[rows])
-        _, rotation = torch.linalg.eigh(found.T @ found)
-        basis[:, :weakest] = found @ rotation
-        vectors[:, :weakest] = start @ rotation
+        _separate_weakest(basis, vectors, sigma, panels, weakest)
     mixing = vectors.T.contiguous()
-    del vectors, panel
+    del vectors
     if not weak:
         return PolarFactor(basis, mixing.div_(sigma[:, None]), 0, float(sigma[0]), "polar-mixed")
 
@@ -144,9 +139,9 @@ def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
         raise _Declined(f"smallest singular value {smallest:.1e}")
     cosines = products.div_(sigma[:weak, None]).div_(sigma)
     cosines.diagonal().zero_()
-    coupling = float(cosines.abs().max())
+    coupling = float(cosines.square().sum(dim=1).max().sqrt())
     if not coupling <= COUPLING:
-        raise _Declined(f"columns coupled by {coupling:.1e}")
+        raise _Declined(f"weak columns coupled to the others by {coupling:.1e}")
     correction = cosines.div_(sigma[:weak, None] + sigma)
     weak_rows = correction @ mixing
     strong_rows = correction[:, weak:].T @ mixing[:weak]
@@ -156,13 +151,46 @@ def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     return PolarFactor(basis, mixing, 0, smallest, "polar-mixed")
 
 
+def _separate_weakest(
+    basis: torch.Tensor,
+    vectors: torch.Tensor,
+    sigma: torch.Tensor,
+    panels: Sequence[torch.Tensor],
+    weakest: int,
+) -> None:
+    """Recompute the leading `weakest` columns of U E in float64, orthogonal to the others.
+
+    Float32 eigenvectors mix columns by about 1e-7 / (lambda_i - lambda_j), which is much beside
+    a column of norm 1e-4. One step of rotation between the weakest columns and the others takes
+    the mixing out, of U E and of E.
+    """
+    weak_vectors = vectors[:, :weakest].to(torch.float64)
+    found = torch.zeros_like(basis[:, :weakest], dtype=torch.float64)
+    for rows, panel in _rows_of(panels):
+        found.addmm_(panel.to(torch.float64), weak_vectors[rows])
+    strong, strong_vectors = basis[:, weakest:], vectors[:, weakest:]
+    angles = strong.T @ found.to(torch.float32)
+    # Between columns of about one length the angle is not defined; what is left of their coupling
+    # is small beside both and falls to the first-order correction.
+    lengths = sigma[weakest:, None].square()
+    angles /= torch.maximum(lengths - sigma[:weakest].square(), lengths / 2)
+    weak_columns, weak_before = found.to(torch.float32), weak_vectors.to(torch.float32)
+    found -= strong @ angles
+    weak_vectors -= strong_vectors @ angles
+    strong.addmm_(weak_columns, angles.T)
+    strong_vectors.addmm_(weak_before, angles.T)
+    _, rotation = torch.linalg.eigh(found.T @ found)
+    basis[:, :weakest] = found @ rotation
+    vectors[:, :weakest] = weak_vectors @ rotation
+
+
 def _express(panels: Sequence[torch.Tensor]) -> PolarFactor:
     columns = sum(panel.shape[1] for panel in panels)
     if columns > panels[0].shape[0]:
         raise _Declined("more columns than rows")
     # Panels of orthonormal columns have singular values of at most the root of their number.
     largest = math.sqrt(len(panels)) * (1 + 1e-5)
-    panel = torch.cat([p.to(torch.float32) for p in panels], dim=1).div_(largest)
+    panel = torch.cat([p.to(torch.float64) for p in panels], dim=1).div_(largest)
     basis = orthonormalise(panel, EXPRESS_RANGE)
     eye = torch.eye(columns, dtype=basis.dtype, device=basis.device)
     defect = float((basis.T @ basis - eye).abs().max())

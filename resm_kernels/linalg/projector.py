@@ -18,6 +18,9 @@ ATTEMPTS = 6
 RESOLUTION = 1e-3
 """Relative distance from the shift below which the sign of an eigenvalue is left undecided."""
 OVERSAMPLING = 16
+SMALLEST = 1e-13
+"""Least shift over the largest eigenvalue: the shifted matrix still has a Cholesky factor."""
+BREAKDOWN = 1e-12
 PROBES, STEPS = 8, 80
 """Lanczos runs and their length, for the first guess of the shift."""
 
@@ -57,7 +60,10 @@ def leading_eigenspace(
     shift = _quantile(matrix, wanted)
     low, high = 0.0, float("inf")
     for _ in range(ATTEMPTS):
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix + shift * eye))
+        factor, failed = torch.linalg.cholesky_ex(matrix + shift * eye)
+        if bool(failed):
+            return None
+        inverse = torch.cholesky_inverse(factor)
         mapped = torch.add(eye, inverse, alpha=-2.0 * shift)
         sign = orthonormalise(mapped.to(precision), RESOLUTION).to(matrix.dtype)
         trace = (n + float(sign.diagonal().sum())) / 2
@@ -92,9 +98,11 @@ def _quantile(matrix: torch.Tensor, rank: int) -> float:
         alpha = (following * vector).sum(dim=0)
         following -= alpha * vector
         beta = following.norm(dim=0)
+        # A run that has seen a whole invariant space ends: its remaining nodes get no weight.
+        beta = torch.where(beta > BREAKDOWN * alpha.abs(), beta, 0.0)
         diagonal.append(alpha)
         off.append(beta)
-        before, vector = vector, following / beta.clamp(min=torch.finfo(beta.dtype).tiny)
+        before, vector = vector, torch.where(beta > 0.0, following / beta, 0.0)
     tridiagonal = torch.diag_embed(torch.stack(diagonal, dim=1))
     if steps > 1:
         beside = torch.stack(off[:-1], dim=1)
@@ -104,7 +112,7 @@ def _quantile(matrix: torch.Tensor, rank: int) -> float:
     nodes, order = nodes.flatten().sort(descending=True)
     above = weights[order].cumsum(0)
     place = int((above < rank / n).sum().clamp(max=nodes.numel() - 1))
-    return max(float(nodes[place]), float(nodes[0]) * torch.finfo(nodes.dtype).eps)
+    return max(float(nodes[place]), float(nodes[0]) * SMALLEST)
 
 
 def _gaussian(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
