@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
+from benchmarks.spectral import accuracy_rows
 from resm_kernels.errors import PlanError
 from resm_kernels.linalg import (
     FactoredDelta,
@@ -19,6 +24,7 @@ from resm_kernels.linalg import (
     polar_factor,
     projector,
 )
+from resm_kernels.linalg.batched import merge_batch
 from resm_kernels.linalg.eigen import PARTIAL_SIZE, gram, leading_eigenpairs
 from resm_kernels.linalg.express import best_quintic, orthonormalise, schedule
 from resm_kernels.linalg.lapack import Tridiagonal
@@ -434,3 +440,52 @@ def test_concurrent_merges_give_the_bytes_of_serial_ones_and_restore_threads() -
         thread.join()
     assert all(torch.equal(found[i], s.left) for i, s in enumerate(serial))
     assert blas_threads() == before
+
+
+@pytest.mark.parametrize("mode", ["auto", "exact"])
+def test_the_plan_predicts_the_measured_workspace(mode: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.spectral", "one-workspace"]
+    done = subprocess.run(
+        [*command, mode, "1024", "1024", "3", "1.0"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    assert 0.85 <= json.loads(done.stdout)["planned_over_measured"] <= 1.15
+
+
+@pytest.mark.parametrize("kind", ["power", "lora16-bf16"])
+def test_the_accuracy_table_holds_the_contract(kind: str) -> None:
+    for row in accuracy_rows(kind, (300, 280), 3):
+        assert row["error"] <= row["contract"] or row["mode"] == "textbook", row
+        if row["mode"].startswith("fast"):
+            assert row["retention_moved"] <= 1e-2
+
+
+# Batches
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (12, 12)])
+def test_a_batch_equals_its_weights_merged_singly(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    kinds = ["noise", "power", "lora", "steep", "noise"]
+    found = [[oracle.make_delta(k, *shape, rng) for _ in range(3)] for k in kinds]
+    found[4] = [np.zeros(shape, np.float32), found[0][0], found[0][0]]
+    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (len(kinds), 3)))
+    deltas = torch.from_numpy(np.array(found))
+    rank = min(shape) // 3
+    left, right = Solver().merge_batch(deltas, rank, weights)
+    for b, members in enumerate(found):
+        expected = oracle.tsvm(members, [rank] * 3, weights[b].tolist())
+        assert oracle.error((left[b] @ right[b].T).numpy(), expected) <= 1e-6
+
+
+def test_batches_merge_steep_weights_singly() -> None:
+    rng = np.random.default_rng(0)
+    deltas = torch.from_numpy(np.array([[oracle.make_delta("steep", 80, 80, rng)] * 1] * 2))
+    _, _, doubtful = merge_batch(deltas, 25, torch.ones(2, 1, dtype=torch.float64))
+    assert doubtful.all()
+    left, right = Solver().merge_batch(deltas, 25)
+    expected = oracle.tsvm([deltas[0, 0].numpy()], [25])
+    assert oracle.error((left[0] @ right[0].T).numpy(), expected) <= 1e-6

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,38 +24,55 @@ BLOCK = 64
 
 
 class _OneThread:
-    """Hold SciPy's BLAS at one thread while any caller is inside; the last one out restores."""
+    """Hold SciPy's BLAS at one thread while any caller is inside; the last one out restores.
+
+    Not by threadpoolctl itself: it obeys the first Python thread that set a limit and no other.
+    """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._limits: Any = None
+        self._before: list[int] = []
 
     def __enter__(self) -> None:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
-                self._limits = _scipy_blas().limit(limits=1)
+                self._before = [get() for get, _ in _thread_counts()]
+                for _, set_to in _thread_counts():
+                    set_to(1)
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._limits.restore_original_limits()
+                for (_, set_to), before in zip(_thread_counts(), self._before, strict=True):
+                    set_to(before)
 
 
 _one_thread = _OneThread()
 
 
 @functools.cache
-def _scipy_blas() -> Any:
-    import scipy.linalg  # noqa: F401  # loads the library that is looked for
-    from threadpoolctl import ThreadpoolController
+def _thread_counts() -> tuple[tuple[Callable[[], int], Callable[[int], None]], ...]:
+    """How to read and set the threads of the OpenBLAS that SciPy loaded; empty for another BLAS."""
+    import scipy.linalg
+    from threadpoolctl import threadpool_info
 
-    return ThreadpoolController().select(user_api="blas")
+    found = [pool["filepath"] for pool in threadpool_info() if pool["internal_api"] == "openblas"]
+    own = str(Path(scipy.linalg.__file__).parents[2])
+    counts = []
+    for path in [f for f in found if f.startswith(own) and "scipy" in Path(f).parent.name] or found:
+        library = ctypes.CDLL(path)
+        for name in ("scipy_openblas_%s_num_threads", "openblas_%s_num_threads"):
+            if hasattr(library, name % "set"):
+                counts.append((getattr(library, name % "get"), getattr(library, name % "set")))
+                break
+    return tuple(counts)
 
 
 @functools.cache
 def _routine(name: str, arguments: int) -> Callable[..., None]:
+    """The routine of SciPy's LAPACK; SciPy is imported when the first matrix needs it."""
     from scipy.linalg import cython_lapack
 
     capsule = cython_lapack.__pyx_capi__[name]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from resm_kernels.errors import PlanError
-from resm_kernels.linalg.eigen import ROWS, gram, is_partial, leading_eigenpairs
+from resm_kernels.linalg.batched import merge_batch
+from resm_kernels.linalg.eigen import gram, is_partial, leading_eigenpairs
 from resm_kernels.linalg.polar import SMALL, PolarBackend
 from resm_kernels.linalg.spectral import SpectralMerge, spectral_merge
 from resm_kernels.linalg.subspace import Delta, Subspace, SubspaceBackend, leading_subspaces
@@ -25,8 +28,6 @@ CONTRACT_TOLERANCE = 5e-6
 """Estimated error of one polar factor that keeps the merge inside the contract."""
 FULL_RANK_TOLERANCE = 3e-5
 """The same at full rank, where the float32 textbook errs by 1e-5 and more."""
-BLAS_BUFFERS = 24 << 20
-"""Bytes that BLAS and LAPACK libraries keep to pack their operands, once per thread."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class SolverPlan:
     ----------
     route : Route
     workspace : int
-        Peak bytes beside base, experts and output.
+        Peak bytes of tensors beside base, experts and output; a BLAS keeps buffers of its own.
     work : Work
         Without fallbacks.
     """
@@ -153,11 +154,51 @@ class Solver:
             work=_work(shape, ranks, route, device),
         )
 
-    def subspace(self, delta: Delta, rank: int, *, energy: float | None = None) -> Subspace:
-        """`leading_subspaces` by the route of the options."""
-        device = delta.device if isinstance(delta, torch.Tensor) else delta.left.device
-        route = choose_route(device.type, self.options)
-        return leading_subspaces(delta, rank, energy=energy, backend=route.subspace)
+    def subspaces(
+        self,
+        deltas: Sequence[Callable[[], Delta]],
+        ranks: Sequence[int],
+        *,
+        energy: float | None = None,
+    ) -> list[Subspace]:
+        """`leading_subspaces` of every expert by the route of the options.
+
+        Deltas are made when their turn comes, so that on a CPU one is alive at a time. On a GPU
+        every expert has a stream and a host thread: one's eigen-decomposition, bound by latency,
+        runs beside the products of the others.
+        """
+
+        def factor(make: Callable[[], Delta], rank: int) -> Subspace:
+            delta = make()
+            device = delta.device if isinstance(delta, torch.Tensor) else delta.left.device
+            route = choose_route(device.type, self.options)
+            return leading_subspaces(delta, rank, energy=energy, backend=route.subspace)
+
+        if torch.cuda.is_available() and len(deltas) > 1:
+            return _on_streams(factor, deltas, ranks)
+        return [factor(make, rank) for make, rank in zip(deltas, ranks, strict=True)]
+
+    def merge_batch(
+        self, deltas: torch.Tensor, rank: int, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Merge B small weights of one shape, given as B x T x m x n, in batched calls.
+
+        Returns
+        -------
+        left, right : Tensor, B x m x K and B x n x K, float64
+            K = T * rank, some columns zero. Weights that the batched route cannot hold are
+            merged singly.
+        """
+        count, experts = deltas.shape[:2]
+        if weights is None:
+            weights = deltas.new_ones(count, experts, dtype=torch.float64)
+        left, right, doubtful = merge_batch(deltas, rank, weights)
+        for b in doubtful.nonzero().flatten().tolist():
+            single = self.merge(list(deltas[b]), [rank] * experts, weights[b].tolist())
+            for target, found in ((left[b], single.left), (right[b], single.right)):
+                target.zero_()
+                target[:, : found.shape[1]] = found
+        return left, right
 
     def combine(self, subspaces: Sequence[Subspace], weights: Sequence[float]) -> SpectralMerge:
         """`spectral_merge` by the route of the options, inside the accuracy contract."""
@@ -196,8 +237,34 @@ class Solver:
                     expected=f"at most {self.options.workspace:,} bytes",
                     fix="raise the limit or lower the ranks",
                 )
-        subspaces = [self.subspace(d, r) for d, r in zip(deltas, ranks, strict=True)]
+        subspaces = self.subspaces([functools.partial(_same, d) for d in deltas], ranks)
         return self.combine(subspaces, weights or [1.0] * len(deltas))
+
+
+def _same(delta: Delta) -> Delta:
+    return delta
+
+
+def _on_streams(
+    factor: Callable[[Callable[[], Delta], int], Subspace],
+    deltas: Sequence[Callable[[], Delta]],
+    ranks: Sequence[int],
+) -> list[Subspace]:
+    current = torch.cuda.current_stream()
+
+    def work(make: Callable[[], Delta], rank: int) -> Subspace:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            found = factor(make, rank)
+        current.wait_stream(stream)
+        for tensor in (found.left, found.values, found.right):
+            if tensor.is_cuda:
+                tensor.record_stream(current)
+        return found
+
+    with ThreadPoolExecutor(len(deltas)) as pool:
+        return list(pool.map(work, deltas, ranks))
 
 
 def measured_rates(n: int = 512) -> Work:
@@ -276,27 +343,32 @@ def _work(shape: Sequence[int], ranks: Sequence[int], route: Route, device: str)
 def _workspace(
     shape: Sequence[int], ranks: Sequence[int], itemsize: int, route: Route, device: str
 ) -> int:
-    """Bytes beside inputs and output: the largest of factoring, whitening and rebuilding."""
+    """Bytes beside inputs and output: the largest of factoring, whitening and joining.
+
+    Counted from what is alive at each step; measured in benchmarks/results/workspace.csv.
+    """
     m, n = shape
     longer, p, total = max(m, n), min(m, n), sum(ranks)
-    rank = max(ranks, default=0)
     item = 4 if route.subspace == "textbook" else 8
     factors = item * (m + n) * total
-    delta = itemsize * m * n
+    last = ranks[-1] if ranks else 0
     if route.subspace in ("svd", "textbook"):
-        factoring = delta + item * (3 * m * n + 4 * p * p)
+        factoring = item * (2 * m * n + 4 * p * p)
     elif route.subspace == "projector":
-        factoring = delta + 8 * 6 * p * p
-    elif is_partial(p, rank, device):
-        factoring = delta + 8 * (p * p + max(6 * p * rank, longer * rank) + ROWS * p)
+        factoring = 8 * 6 * p * p
+    elif is_partial(p, last, device):
+        factoring = 8 * (p * p + max(5 * p * last, (longer + 2 * p) * last))
     else:
-        factoring = delta + 8 * (5 * p * p + ROWS * p)
+        factoring = 8 * (4 * p * p + longer * last)
+    factoring += itemsize * m * n + item * (m + n) * (total - last)
 
-    if route.polar == "fp64" or total <= SMALL:
-        one, kept = 8 * (2 * longer * total + 5 * total**2), 8 * (longer * total + total**2)
-        joined = 8 * (m * total + total**2)
-    else:
-        one, kept = 4 * (2 * longer * total + 5 * total**2), 4 * (longer * total + total**2)
-        joined = 4 * (m * total + total**2)
-    whitening = factors + kept + max(one, joined)
-    return int(max(factors + factoring, whitening)) + BLAS_BUFFERS
+    item = 8 if route.polar in ("fp64", "express") or total <= SMALL else 4
+    item = 4 if route.polar == "textbook" else item
+    kept = item * (m * total + total**2)
+    copies = 3 if route.polar == "textbook" else 1
+    left, right = (
+        item * max(copies * rows * total + 4 * total**2, 2 * rows * total + 2 * total**2)
+        for rows in shape
+    )
+    joining = kept + item * ((n + m) * total + 2 * total**2)
+    return int(max(factoring, factors + max(left, kept + right, joining)))

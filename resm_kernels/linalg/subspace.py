@@ -93,8 +93,12 @@ def numerical_rank(values: torch.Tensor, longest: int) -> int:
     """
     if values.numel() == 0 or float(values[0]) <= 0.0:
         return 0
-    tolerance = math.sqrt(longest) * torch.finfo(torch.float32).eps
-    return int((values > tolerance * values[0]).sum())
+    return int((values > rank_tolerance(longest) * values[0]).sum())
+
+
+def rank_tolerance(longest: int) -> float:
+    """The share of sigma_1 that a singular value must pass, for max(m, n) = `longest`."""
+    return math.sqrt(longest) * torch.finfo(torch.float32).eps
 
 
 def leading_subspaces(

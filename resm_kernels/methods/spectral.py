@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,10 +18,10 @@ from resm_kernels.ops.mask import masked_delta
 
 EXCLUDE = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*", "shared.weight")
 """Vocabulary and position tables, and norms: matrices in shape, but not linear maps."""
-BLAS_BUFFERS = 16 << 20
-"""Bytes that a BLAS keeps per thread to pack its operands."""
-SLACK = 1.25
-"""What malloc keeps of freed blocks (measured 0.8 to 1.3 times the live bytes)."""
+BLAS_BUFFERS = 24 << 20
+"""Bytes that BLAS and LAPACK libraries keep per thread to pack their operands."""
+SLACK = 1.1
+"""What malloc keeps of freed blocks, over the live bytes."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def spectral_workspace(
     ranks = [min(shape) // experts] * experts
     plan = _solver(options, itemsize).plan(shape, ranks, itemsize=itemsize)
     pair = (8 if plan.route.polar == "fp64" else 4) * sum(shape) * sum(ranks)
-    rebuilding = 8 * sum(shape) * sum(ranks) + 2 * pair + _panels(shape, itemsize) + BLAS_BUFFERS
-    return max(plan.workspace, rebuilding)
+    rebuilding = 8 * sum(shape) * sum(ranks) + 2 * pair + _panels(shape, itemsize)
+    return int(SLACK * max(plan.workspace, rebuilding)) + BLAS_BUFFERS
 
 
 def _solver(options: TruncatingOptions, itemsize: int) -> Solver:
@@ -236,14 +237,11 @@ def _merge_subspaces(
     floors: Sequence[float] | None = None,
 ) -> Merged:
     solver = _solver(options, compute_dtype((base, *experts)).itemsize)
-    subspaces = [
-        solver.subspace(
-            masked_delta(base, expert, floor=None if floors is None else floors[t]),
-            ranks[t],
-            energy=energy,
-        )
+    deltas = [
+        functools.partial(masked_delta, base, expert, floor=None if floors is None else floors[t])
         for t, expert in enumerate(experts)
     ]
+    subspaces = solver.subspaces(deltas, ranks, energy=energy)
     merge = solver.combine(subspaces, weights)
     notes = [
         f"expert {t + 1}: rank clamped from {ranks[t]} to its numerical rank {s.rank}"
