@@ -50,6 +50,7 @@ def merge_batch(
     left_bases = (wide @ vectors) * inverse[..., None, :]
     right_bases = vectors * kept[..., None, :]
 
+    weights = weights.to(values)
     scale = (values * weights[..., None]).reshape(count, experts * rank)
     left, left_doubtful = _polar_factors(_side_by_side(left_bases))
     right, right_doubtful = _polar_factors(_side_by_side(right_bases))

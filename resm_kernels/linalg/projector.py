@@ -55,20 +55,22 @@ def leading_eigenspace(
     Ours; the parts are Nakatsukasa and Freund, SIAM Review 58(3), and arXiv 2505.16932.
     """
     n = matrix.shape[0]
-    eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
     wanted = min(n, round(AIM * count))
     shift = _quantile(matrix, wanted)
     low, high = 0.0, float("inf")
     for _ in range(ATTEMPTS):
-        factor, failed = torch.linalg.cholesky_ex(matrix + shift * eye)
+        shifted = matrix.clone()
+        shifted.diagonal().add_(shift)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
         if bool(failed):
             return None
-        inverse = torch.cholesky_inverse(factor)
-        mapped = torch.add(eye, inverse, alpha=-2.0 * shift)
+        mapped = torch.cholesky_inverse(factor, out=shifted).mul_(-2.0 * shift)
+        mapped.diagonal().add_(1.0)
         sign = orthonormalise(mapped.to(precision), RESOLUTION).to(matrix.dtype)
         trace = (n + float(sign.diagonal().sum())) / 2
         if ENOUGH * count <= trace <= TOO_MUCH * count or (trace >= count and wanted == n):
-            return _cut(matrix, sign.add_(eye).mul_(0.5), trace, count)
+            sign.diagonal().add_(1.0)  # twice the projector
+            return _cut(matrix, sign, trace, count)
         if trace < wanted:
             high = shift
         else:
@@ -116,6 +118,6 @@ def _quantile(matrix: torch.Tensor, rank: int) -> float:
 
 
 def _gaussian(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """The same numbers on every device and in every run."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
+    """The same numbers in every run on one kind of device."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device=like.device)

@@ -21,6 +21,7 @@ from resm_kernels.linalg.spectral import SpectralMerge, spectral_merge
 from resm_kernels.linalg.subspace import Delta, Subspace, SubspaceBackend, leading_subspaces
 
 Mode = Literal["auto", "exact", "fast", "textbook"]
+CPU = torch.device("cpu")
 
 CONTRACT_SHARE = 0.75
 """Up to this share of min(m, n) / T per expert the merged delta errs by at most 1e-5."""
@@ -160,22 +161,22 @@ class Solver:
         ranks: Sequence[int],
         *,
         energy: float | None = None,
+        device: torch.device = CPU,
     ) -> list[Subspace]:
         """`leading_subspaces` of every expert by the route of the options.
 
-        Deltas are made when their turn comes, so that on a CPU one is alive at a time. On a GPU
-        every expert has a stream and a host thread: one's eigen-decomposition, bound by latency,
-        runs beside the products of the others.
+        Deltas, on `device`, are made when their turn comes: on a CPU one is alive at a time. On a
+        GPU every expert has a stream and a host thread: one's eigen-decomposition, bound by
+        latency, runs beside the products of the others.
         """
 
-        def factor(make: Callable[[], Delta], rank: int) -> Subspace:
-            delta = make()
-            device = delta.device if isinstance(delta, torch.Tensor) else delta.left.device
-            route = choose_route(device.type, self.options)
-            return leading_subspaces(delta, rank, energy=energy, backend=route.subspace)
+        route = choose_route(device.type, self.options)
 
-        if torch.cuda.is_available() and len(deltas) > 1:
-            return _on_streams(factor, deltas, ranks)
+        def factor(make: Callable[[], Delta], rank: int) -> Subspace:
+            return leading_subspaces(make(), rank, energy=energy, backend=route.subspace)
+
+        if device.type == "cuda" and len(deltas) > 1:
+            return _on_streams(factor, deltas, ranks, device)
         return [factor(make, rank) for make, rank in zip(deltas, ranks, strict=True)]
 
     def merge_batch(
@@ -227,9 +228,13 @@ class Solver:
         PlanError
             The plan passes `workspace`.
         """
+        first = deltas[0]
+        device = first.device if isinstance(first, torch.Tensor) else first.left.device
         if self.options.workspace is not None:
             sizes = [d.element_size() for d in deltas if isinstance(d, torch.Tensor)]
-            planned = self.plan(deltas[0].shape, ranks, itemsize=max(sizes, default=4)).workspace
+            planned = self.plan(
+                deltas[0].shape, ranks, itemsize=max(sizes, default=4), device=device.type
+            ).workspace
             if planned > self.options.workspace:
                 raise PlanError(
                     f"factoring a {deltas[0].shape[0]} x {deltas[0].shape[1]} weight",
@@ -237,7 +242,8 @@ class Solver:
                     expected=f"at most {self.options.workspace:,} bytes",
                     fix="raise the limit or lower the ranks",
                 )
-        subspaces = self.subspaces([functools.partial(_same, d) for d in deltas], ranks)
+        makers = [functools.partial(_same, delta) for delta in deltas]
+        subspaces = self.subspaces(makers, ranks, device=device)
         return self.combine(subspaces, weights or [1.0] * len(deltas))
 
 
@@ -249,22 +255,30 @@ def _on_streams(
     factor: Callable[[Callable[[], Delta], int], Subspace],
     deltas: Sequence[Callable[[], Delta]],
     ranks: Sequence[int],
+    device: torch.device,
 ) -> list[Subspace]:
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream(device)
 
-    def work(make: Callable[[], Delta], rank: int) -> Subspace:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def work(make: Callable[[], Delta], rank: int, stream: torch.cuda.Stream) -> Subspace:
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            found = factor(make, rank)
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream), torch.no_grad():
+                found = factor(make, rank)
+        finally:
+            current.wait_stream(stream)
         for tensor in (found.left, found.values, found.right):
             if tensor.is_cuda:
                 tensor.record_stream(current)
         return found
 
     with ThreadPoolExecutor(len(deltas)) as pool:
-        return list(pool.map(work, deltas, ranks))
+        return list(pool.map(work, deltas, ranks, _streams(device, len(deltas))))
+
+
+@functools.cache
+def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+    """The same streams every time: each keeps a cuBLAS workspace of its own."""
+    return tuple(torch.cuda.Stream(device) for _ in range(count))  # type: ignore[no-untyped-call]
 
 
 def measured_rates(n: int = 512) -> Work:
@@ -331,11 +345,11 @@ def _work(shape: Sequence[int], ranks: Sequence[int], route: Route, device: str)
             parts["gemm_fp64"] += 4.0 * rows * total**2
             parts["eigen_fp64"] += _full_work(total)
         elif route.polar == "express":
-            parts["gemm_fp32"] += 12 * (4.0 * rows * total**2 + 2.0 * total**3)
+            parts["gemm_fp64"] += 12 * (4.0 * rows * total**2 + 2.0 * total**3)
         else:
             parts["gemm_fp32"] += 2.7 * rows * total**2 + 0.6 * total**3
             parts["eigen_fp32"] += _full_work(total)
-    wide = route.polar == "fp64" or total <= SMALL
+    wide = route.polar in ("fp64", "express") or total <= SMALL
     parts["gemm_fp64" if wide else "gemm_fp32"] += 2.0 * total**3 + 2.0 * shape[0] * total**2
     return Work(**parts)
 
@@ -355,12 +369,15 @@ def _workspace(
     if route.subspace in ("svd", "textbook"):
         factoring = item * (2 * m * n + 4 * p * p)
     elif route.subspace == "projector":
-        factoring = 8 * 6 * p * p
+        factoring = 8 * 7 * p * p
     elif is_partial(p, last, device):
         factoring = 8 * (p * p + max(5 * p * last, (longer + 2 * p) * last))
     else:
         factoring = 8 * (4 * p * p + longer * last)
-    factoring += itemsize * m * n + item * (m + n) * (total - last)
+    factoring += itemsize * m * n
+    if device != "cpu":
+        factoring *= len(ranks)  # all experts at once, on streams of their own
+    factoring += item * (m + n) * (total - last)
 
     item = 8 if route.polar in ("fp64", "express") or total <= SMALL else 4
     item = 4 if route.polar == "textbook" else item

@@ -141,9 +141,9 @@ def leading_subspaces(
         return leading_subspaces(delta.T, rank, energy=energy, backend=backend).transposed()
     exponent = _extreme_exponent(delta)
     if exponent:
-        scaled = torch.ldexp(delta, torch.tensor(-exponent))
+        scaled = _ldexp(delta, -exponent)
         found = leading_subspaces(scaled, rank, energy=energy, backend=backend)
-        return replace(found, values=torch.ldexp(found.values, torch.tensor(exponent)))
+        return replace(found, values=_ldexp(found.values, exponent))
     if backend in ("svd", "textbook"):
         return _by_svd(delta, rank, energy, backend)
 
@@ -212,6 +212,12 @@ def _extreme_exponent(matrix: torch.Tensor) -> int:
     largest = max(-float(low), float(high))
     exponent = math.frexp(largest)[1]
     return exponent if largest and abs(exponent) > SAFE_EXPONENT else 0
+
+
+def _ldexp(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
+    """tensor * 2^exponent in two factors, since one of them can pass float64's range."""
+    half = exponent // 2
+    return tensor * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)
 
 
 def _kept(squares: torch.Tensor, total: float, limit: int, energy: float | None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 
 from resm_kernels.errors import NumericsError, UsageError
@@ -66,10 +67,10 @@ def merge_weight(
     where = f"tensor {name!r} {list(base.shape)}"
     try:
         return method.merge(base, experts, weights, options, out_dtype)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+    except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error).lower():
             raise NumericsError(
                 f"{where}: {base.device} is out of memory",
                 fix="fewer workers, or a smaller memory budget",

@@ -89,7 +89,7 @@ def spectral_workspace(
     """
     ranks = [min(shape) // experts] * experts
     plan = _solver(options, itemsize).plan(shape, ranks, itemsize=itemsize)
-    pair = (8 if plan.route.polar == "fp64" else 4) * sum(shape) * sum(ranks)
+    pair = (8 if plan.route.polar in ("fp64", "express") else 4) * sum(shape) * sum(ranks)
     rebuilding = 8 * sum(shape) * sum(ranks) + 2 * pair + _panels(shape, itemsize)
     return int(SLACK * max(plan.workspace, rebuilding)) + BLAS_BUFFERS
 
@@ -241,7 +241,7 @@ def _merge_subspaces(
         functools.partial(masked_delta, base, expert, floor=None if floors is None else floors[t])
         for t, expert in enumerate(experts)
     ]
-    subspaces = solver.subspaces(deltas, ranks, energy=energy)
+    subspaces = solver.subspaces(deltas, ranks, energy=energy, device=base.device)
     merge = solver.combine(subspaces, weights)
     notes = [
         f"expert {t + 1}: rank clamped from {ranks[t]} to its numerical rank {s.rank}"

@@ -9,11 +9,18 @@ import torch
 
 CHUNK = 1 << 16
 """Elements per piece: a few float32 pieces of this size stay in a core's L2 cache."""
+DEVICE_CHUNK = 1 << 24
+"""The same on a GPU, where every piece costs launches and every total a synchronisation."""
 
 
 def compute_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """Float64 where any input is float64, float32 otherwise (exact for bf16 and fp16 inputs)."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def chunk_of(tensor: torch.Tensor) -> int:
+    """Elements per piece on the tensor's device."""
+    return CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
 
 
 def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
@@ -23,7 +30,7 @@ def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
 
 def scratch(count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised buffer for one piece, taken once per call instead of once per piece."""
-    return torch.empty(min(count, CHUNK), dtype=dtype, device=like.device)
+    return torch.empty(min(count, chunk_of(like)), dtype=dtype, device=like.device)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,136 @@
+"""What a CUDA device computes: the accuracy contract, the CPU's answers, and no surprises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from resm_kernels.api import merge_tensors
+from resm_kernels.linalg import FactoredDelta, Solver, SolverOptions, leading_subspaces
+from resm_kernels.linalg.solver import Mode
+from tests import oracle
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DEVICE = "cuda"
+MODES: tuple[Mode, ...] = ("auto", "exact", "fast", "textbook")
+SHAPE = (420, 300)
+"""Ranks of three experts sum to more than the panels that are always whitened in float64."""
+
+
+def make_deltas(kind: str, shape: tuple[int, int], count: int = 3) -> list[torch.Tensor]:
+    rng = np.random.default_rng(0)
+    return [torch.from_numpy(oracle.make_delta(kind, *shape, rng)) for _ in range(count)]
+
+
+def on_device(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("power", (600, 420)), ("lora16-bf16", (420, 900)), ("noise", (512, 512))]
+)
+def test_every_mode_keeps_its_promise(kind: str, shape: tuple[int, int]) -> None:
+    deltas = make_deltas(kind, shape)
+    arrays = [delta.numpy() for delta in deltas]
+    given = on_device(deltas)
+    for share in (1.0, 0.75, 0.5):
+        ranks = [int(share * (min(shape) // 3))] * 3
+        reference = oracle.tsvm(arrays, ranks)
+        kept = [float((reference * d).sum()) for d in arrays]
+        errors: dict[str, float] = {}
+        for mode in MODES:
+            merge = Solver(SolverOptions(mode=mode)).merge(given, ranks)
+            merged = (merge.left.double() @ merge.right.double().T).cpu().numpy()
+            errors[mode] = oracle.error(merged, reference)
+            if mode == "fast":
+                found = [float((merged * d).sum()) for d in arrays]
+                assert found == pytest.approx(kept, rel=1e-2)
+        assert errors["exact"] <= 1e-6
+        assert errors["auto"] <= (1e-5 if share <= 0.75 else max(2 * errors["textbook"], 1e-5))
+        assert errors["fast"] <= 1e-2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_results_stay_on_the_device(mode: Mode) -> None:
+    solver, deltas = Solver(SolverOptions(mode=mode)), on_device(make_deltas("noise", SHAPE))
+    subspace = leading_subspaces(deltas[0], 100)
+    merge = solver.merge(deltas, [100] * 3)
+    held = (subspace.left, subspace.values, subspace.right, merge.left, merge.right)
+    assert {tensor.device for tensor in held} == {deltas[0].device}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [SHAPE, (96, 64)])
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "linear", "task_arithmetic"])
+def test_merged_tensors_are_those_of_the_cpu(
+    method: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    deltas = make_deltas("power", shape)
+    base = torch.from_numpy(np.random.default_rng(1).standard_normal(shape)).to(dtype)
+    scale = float(base.norm() / deltas[0].norm())
+    experts = [base + (scale * delta).to(dtype) for delta in deltas]
+    expected = merge_tensors(base, experts, method)
+    found = merge_tensors(base.to(DEVICE), on_device(experts), method)
+    assert found.device.type == DEVICE
+    assert found.dtype == dtype
+    assert float((found.cpu() - expected).norm()) <= 1e-5 * float((expected - base).norm())
+
+
+def test_merging_on_the_device_repeats_itself_to_the_last_bit() -> None:
+    base, *experts = on_device(make_deltas("noise", SHAPE, 4))
+    assert torch.equal(merge_tensors(base, experts, "resm"), merge_tensors(base, experts, "resm"))
+
+
+def low_rank(rank: int, seed: int) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    factors = rng.standard_normal((SHAPE[0], rank)) @ rng.standard_normal((rank, SHAPE[1]))
+    return torch.from_numpy(factors.astype(np.float32))
+
+
+NOISE = make_deltas("noise", SHAPE)
+DEGENERATE = {
+    "zero": [torch.zeros(SHAPE)] * 3,
+    "one zero": [NOISE[0], torch.zeros(SHAPE), NOISE[1]],
+    "equal": [NOISE[0]] * 3,
+    "lora": [low_rank(8, seed) for seed in range(3)],
+    "equal lora": [low_rank(8, 0)] * 3,
+    "orthogonal": [torch.eye(*SHAPE)] * 3,
+    "extreme": [1e-30 * NOISE[0], 1e30 * NOISE[1], NOISE[2]],
+    "alone": NOISE[:1],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_experts_give_finite_merges(case: str, mode: Mode) -> None:
+    deltas = on_device(DEGENERATE[case])
+    merge = Solver(SolverOptions(mode=mode)).merge(deltas, [SHAPE[1] // len(deltas)] * len(deltas))
+    assert bool(merge.left.isfinite().all())
+    assert bool(merge.right.isfinite().all())
+    if case == "zero":
+        assert not bool((merge.left @ merge.right.T).any())
+
+
+@pytest.mark.parametrize("case", ["lora", "one zero"])
+def test_rank_deficient_experts_agree_with_the_oracle(case: str) -> None:
+    deltas = DEGENERATE[case]
+    ranks = [SHAPE[1] // len(deltas)] * len(deltas)
+    merge = Solver().merge(on_device(deltas), ranks)
+    reference = oracle.tsvm([delta.numpy() for delta in deltas], ranks)
+    merged = (merge.left.double() @ merge.right.double().T).cpu().numpy()
+    assert oracle.error(merged, reference) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_factored_and_dense_experts_merge_together(mode: Mode) -> None:
+    rng = np.random.default_rng(0)
+    left, right = (torch.from_numpy(rng.standard_normal((side, 8))) for side in SHAPE)
+    factored = FactoredDelta(left.to(DEVICE), right.to(DEVICE))
+    dense = NOISE[0].to(DEVICE)
+    merge = Solver(SolverOptions(mode=mode)).merge([dense, factored], [140, 8])
+    reference = oracle.tsvm([NOISE[0].numpy(), (left @ right.T).numpy()], [140, 8])
+    merged = (merge.left.double() @ merge.right.double().T).cpu().numpy()
+    assert oracle.error(merged, reference) <= (1e-2 if mode == "fast" else 1e-5)
+    assert merge.left.device == dense.device
