@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench chart clean
+.PHONY: demo test lint bench spectral chart gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -20,6 +21,19 @@ lint: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds --benchmark-group-by=group
+
+# Needs fusion-bench in the environment for its peer column: pip install fusion-bench.
+spectral: $(VENV)/dev.done
+	for what in accuracy workspace layer checkpoint; do \
+	    OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.spectral $$what || exit 1; \
+	done
+
+# On a machine with an NVIDIA GPU, with the torch that is installed there; under nine minutes.
+gpu:
+	status=0; \
+	timeout 150 $(PYTHON) -m pytest tests/test_gpu.py || status=$$?; \
+	timeout 390 $(PYTHON) -m benchmarks.gpu $(RESULTS) --budget 360 || status=$$?; \
+	exit $$status
 
 chart: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.chart

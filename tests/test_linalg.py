@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -34,6 +35,14 @@ from tests import oracle
 
 N = PARTIAL_SIZE + 44
 KINDS = ["noise", "power", "exponential", "lora16-bf16", "noise-bf16"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def symmetric(values: list[float] | np.ndarray, seed: int = 0) -> torch.Tensor:
@@ -341,7 +350,7 @@ MODES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("shape", "count"), [((600, 420), 3), ((420, 900), 2), ((420, 420), 3), ((512, 512), 8)]
+    ("shape", "count"), [((600, 420), 3), ((420, 900), 2), ((420, 420), 3), ((400, 400), 8)]
 )
 def test_every_mode_keeps_its_promise(kind: str, shape: tuple[int, int], count: int) -> None:
     """The accuracy contract of the design, at sizes where partial and mixed routes run."""

@@ -253,6 +253,18 @@ def test_float64_inputs_are_merged_in_float64() -> None:
     assert oracle.error(mine, oracle.tsvm(exact, [15, 15])) <= 1e-6
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_process_that_asks_for_fast_products_gets_the_same_bytes(precision: str) -> None:
+    found = deltas("power", 300, 300, 3)
+    expected = merged_delta(found, "tsvm")
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert np.array_equal(merged_delta(found, "tsvm"), expected)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_inputs_are_not_changed_and_not_shared() -> None:
     base = torch.randn(8, 6)
     experts = [torch.randn(8, 6), torch.randn(8, 6)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,38 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resm_kernels.held import Held
+
 Vector = npt.NDArray[np.float64]
 BLOCK = 64
 """Workspace columns per row; LAPACK's block sizes are at most this."""
-
-
-class _OneThread:
-    """Hold SciPy's BLAS at one thread while any caller is inside; the last one out restores.
-
-    Not by threadpoolctl itself: it obeys the first Python thread that set a limit and no other.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._before: list[int] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._before = [get() for get, _ in _thread_counts()]
-                for _, set_to in _thread_counts():
-                    set_to(1)
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                for (_, set_to), before in zip(_thread_counts(), self._before, strict=True):
-                    set_to(before)
-
-
-_one_thread = _OneThread()
 
 
 @functools.cache
@@ -68,6 +40,16 @@ def _thread_counts() -> tuple[tuple[Callable[[], int], Callable[[int], None]], .
                 counts.append((getattr(library, name % "get"), getattr(library, name % "set")))
                 break
     return tuple(counts)
+
+
+# Not by threadpoolctl itself: it obeys the first Python thread that set a limit and no other.
+_one_thread = Held(
+    read=lambda: [get() for get, _ in _thread_counts()],
+    write=lambda counts: [
+        set_to(count) for (_, set_to), count in zip(_thread_counts(), counts, strict=True)
+    ],
+    value=lambda: [1] * len(_thread_counts()),
+)
 
 
 @functools.cache

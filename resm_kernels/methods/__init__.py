@@ -13,6 +13,7 @@ from resm_kernels.errors import NumericsError, UsageError
 from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_deltas
 from resm_kernels.methods.base import Merged, Method, Option, matches
 from resm_kernels.methods.spectral import ISO_C, RESM, TSVM
+from resm_kernels.ops.dtypes import full_float32
 
 __all__ = ["METHODS", "Merged", "Method", "Option", "find_method", "matches", "merge_weight"]
 
@@ -66,7 +67,8 @@ def merge_weight(
         return mean_of_deltas(base, experts, weights, options.lambda_, out_dtype)
     where = f"tensor {name!r} {list(base.shape)}"
     try:
-        return method.merge(base, experts, weights, options, out_dtype)
+        with full_float32:
+            return method.merge(base, experts, weights, options, out_dtype)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
     except (MemoryError, RuntimeError) as error:

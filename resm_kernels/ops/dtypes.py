@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from resm_kernels.held import Held
+
 CHUNK = 1 << 16
 """Elements per piece: a few float32 pieces of this size stay in a core's L2 cache."""
 DEVICE_CHUNK = 1 << 24
@@ -16,6 +18,12 @@ DEVICE_CHUNK = 1 << 24
 def compute_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """Float64 where any input is float64, float32 otherwise (exact for bf16 and fp16 inputs)."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+full_float32 = Held(
+    torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, lambda: "highest"
+)
+"""While held, float32 products are float32, whatever the process asked torch for."""
 
 
 def chunk_of(tensor: torch.Tensor) -> int:
