@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -253,16 +255,40 @@ def test_float64_inputs_are_merged_in_float64() -> None:
     assert oracle.error(mine, oracle.tsvm(exact, [15, 15])) <= 1e-6
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_a_process_that_asks_for_fast_products_gets_the_same_bytes(precision: str) -> None:
-    found = deltas("power", 300, 300, 3)
-    expected = merged_delta(found, "tsvm")
-    torch.set_float32_matmul_precision(precision)
-    try:
-        assert np.array_equal(merged_delta(found, "tsvm"), expected)
-        assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision("highest")
+FAST_PRODUCTS = [
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+]
+MERGE_UNDER_FAST_PRODUCTS = """
+import hashlib, sys, torch
+from resm_kernels.api import merge_tensors
+from resm_kernels.methods import spectral
+from resm_kernels.ops import dtypes
+seen = []
+rebuild = spectral.add_low_rank
+spectral.add_low_rank = lambda *a, **k: (seen.append(dtypes._precisions()), rebuild(*a, **k))[1]
+exec(sys.argv[1])
+before = dtypes._precisions()
+torch.manual_seed(0)
+merged = merge_tensors(torch.zeros(300, 300), [torch.randn(300, 300) for _ in range(3)], "tsvm")
+assert dtypes._precisions() == before, (before, dtypes._precisions())
+assert set(seen[0]) <= {"ieee", "highest"}, seen
+print(hashlib.sha256(merged.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_a_process_that_asks_for_fast_products_gets_the_same_bytes() -> None:
+    """In processes of their own: torch keeps some of these settings for good."""
+    digests = set()
+    for setting in ["pass", *FAST_PRODUCTS]:
+        command = [sys.executable, "-c", MERGE_UNDER_FAST_PRODUCTS, setting]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (setting, done.stderr)
+        digests.add(done.stdout)
+    assert len(digests) == 1
 
 
 def test_inputs_are_not_changed_and_not_shared() -> None:

@@ -250,10 +250,13 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
                 method.validate(weights, settings)
                 reason = method.declines(key, slot.shape, len(sources), settings)
                 rule = recipe.method if reason is None else "mean"
-                wide = any(s.info.dtype.name == "F64" for s in sources)
+                inputs = (matching.source(base, slot.name), *sources)
+                wide = any(s.info.dtype.name == "F64" for s in inputs if s is not None)
                 if reason is None:
                     itemsize = 8 if wide else 4
-                    workspace = method.workspace(slot.shape, len(sources), itemsize, settings)
+                    workspace = method.workspace(
+                        slot.shape, len(sources), itemsize, settings, device.type
+                    )
             tensors.append(
                 PlannedTensor(
                     rule=rule,
@@ -284,6 +287,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         "numerics": NUMERICS,
         "version": __version__,
         "torch": torch.__version__,
+        "numpy": importlib.metadata.version("numpy"),
         "scipy": importlib.metadata.version("scipy"),
         "device": device.type,
         "threads": options.threads,

@@ -38,7 +38,9 @@ def merge_batch(
         right, left, doubtful = merge_batch(deltas.mT, rank, weights)
         return left, right, doubtful
     rank = min(rank, columns)
-    wide = deltas.to(torch.float64)
+    wide, weights = deltas.to(torch.float64), weights.to(deltas.device, torch.float64)
+    exponents = torch.frexp(wide.abs().amax(dim=(1, 2, 3))).exponent
+    wide = _times_powers_of_two(wide, -exponents)  # squares stay inside float64's range
     squares, vectors = torch.linalg.eigh(wide.mT @ wide)
     squares = squares[..., columns - rank :].flip(-1).clamp(min=0.0)  # [B, T, rank]
     vectors = vectors[..., columns - rank :].flip(-1)
@@ -50,11 +52,19 @@ def merge_batch(
     left_bases = (wide @ vectors) * inverse[..., None, :]
     right_bases = vectors * kept[..., None, :]
 
-    weights = weights.to(values)
     scale = (values * weights[..., None]).reshape(count, experts * rank)
     left, left_doubtful = _polar_factors(_side_by_side(left_bases))
     right, right_doubtful = _polar_factors(_side_by_side(right_bases))
-    return left * scale[:, None, :], right, doubtful | left_doubtful | right_doubtful
+    left = _times_powers_of_two(left * scale[:, None, :], exponents)
+    return left, right, doubtful | left_doubtful | right_doubtful
+
+
+def _times_powers_of_two(stack: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Every item times its own power of two, in two factors that float64 holds."""
+    half = exponents // 2
+    for power in (half, exponents - half):
+        stack = stack * torch.exp2(power.to(stack.dtype)).view(-1, *[1] * (stack.ndim - 1))
+    return stack
 
 
 def _side_by_side(bases: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,9 @@ PARTIAL_SIZE = 256
 PARTIAL_SHARE = 0.5
 """Largest share of the eigenvectors for which it does."""
 ORTHOGONALITY = 1e-8
-"""Largest overlap of two computed eigenvectors, and residual over ||G||, that passes."""
+"""Largest overlap of two computed eigenvectors, and residual over sigma sigma_1, that passes."""
+FAINTEST = 1e-10
+"""Eigenvalues below this share of the largest need no smaller residual: they are not kept."""
 ROWS = 512
 """Rows that a Gram product converts to float64 at a time."""
 STRIPES = 4
@@ -89,9 +91,10 @@ def leading_eigenpairs(
         space = leading_eigenspace(matrix, count)
         if space is None:
             reason = "projector: no shift separates the rank"
-            return replace(leading_eigenpairs(matrix, count), fallback=reason)
-        found = (space * (matrix @ space)).sum(dim=0)
-        return Eigenpairs(found, space, "projector")
+            found = leading_eigenpairs(matrix, count)
+            return replace(found, fallback="; ".join(filter(None, (reason, found.fallback))))
+        values_of = (space * (matrix @ space)).sum(dim=0)
+        return Eigenpairs(values_of, space, "projector")
     if not is_partial(matrix.shape[0], count, matrix.device.type):
         return _full(matrix, count)
     diagonal = matrix.diagonal().clone()
@@ -127,9 +130,11 @@ def _are_eigenvectors(
     off = reduced.off_diagonal[:, None]
     product[:-1] += off * vectors[1:]
     product[1:] += off * vectors[:-1]
-    residual = float(np.abs(product, out=product).max(initial=0.0))
+    norm = float(np.abs(reduced.diagonal).max())
+    # A residual turns the singular vector delta v / sigma by residual / (sigma sigma_1).
+    allowed = ORTHOGONALITY * np.sqrt(np.clip(values / (norm or 1.0), FAINTEST, None)) * norm
+    small = bool((np.abs(product, out=product).max(axis=0, initial=0.0) <= allowed).all())
     basis = torch.from_numpy(vectors)
     overlap = basis.T @ basis
     overlap.diagonal().sub_(1.0)
-    scale = ORTHOGONALITY * float(np.abs(reduced.diagonal).max())
-    return residual <= scale and bool((overlap.abs_() <= ORTHOGONALITY).all())
+    return small and bool((overlap.abs_() <= ORTHOGONALITY).all())

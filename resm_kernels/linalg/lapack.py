@@ -2,8 +2,9 @@
 
 SciPy publishes C entry points for Cython in `scipy.linalg.cython_lapack.__pyx_capi__`. Called
 through ctypes they release the GIL, which SciPy's own wrappers hold: several weights can be
-factored at once. Its OpenBLAS runs on one thread meanwhile: tridiagonalisation does not scale,
-and one thread gives the same bytes on every machine of one kind.
+factored at once. Its OpenBLAS (what the wheels hold) runs on one thread meanwhile:
+tridiagonalisation does not scale, and one thread gives the same bytes whatever else runs. A SciPy
+on another BLAS keeps the threads it has.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resm_kernels.errors import MissingDependencyError
 from resm_kernels.held import Held
 
 Vector = npt.NDArray[np.float64]
@@ -58,11 +60,17 @@ def _routine(name: str, arguments: int) -> Callable[..., None]:
     from scipy.linalg import cython_lapack
 
     capsule = cython_lapack.__pyx_capi__[name]
-    name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
-    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    pointer_of.restype = ctypes.c_void_p
-    pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    address = pointer_of(capsule, name_of(capsule))
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)
+    signature = prototype(("PyCapsule_GetName", ctypes.pythonapi))(capsule)
+    if b"int *" not in signature or b"int64" in signature:
+        raise MissingDependencyError(
+            "SciPy's LAPACK takes 64-bit integers",
+            got=signature.decode(),
+            expected="a build with 32-bit integers, as every wheel on PyPI is",
+            fix="pip install scipy",
+        )
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    address = prototype(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, signature)
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
 
 

@@ -17,10 +17,11 @@ PANEL_RANGE = 1e-9
 """Smallest eigenvalue ratio that is read from a float64 Gram matrix; below it, an SVD."""
 SMALL = 256
 """Panels of up to this many columns are whitened in float64: it costs nothing there."""
-WEAK = 0.3
-"""Singular values below this have their couplings corrected: float32 eigenvectors mix them."""
-WEAKEST = 0.05
-"""Singular values below this have their columns computed in float64."""
+WEAK = 0.35
+"""Singular values below this share of the largest have their couplings corrected: float32
+eigenvectors mix them."""
+WEAKEST = 0.03
+"""Singular values below this share of the largest have their columns computed in float64."""
 UNSAFE = 2e-5
 """Smallest singular value that the mixed-precision route takes on."""
 COUPLING = 1e-3
@@ -46,8 +47,6 @@ class PolarFactor:
     null_directions : int
         Dimensions of the panel's null space; there the factor is zero, where a textbook SVD
         would return an arbitrary direction.
-    smallest : float
-        Smallest singular value kept; a lower bound from `express`; 1 for an empty panel.
     backend : str
         `polar-mixed`, `polar-express`, `polar-fp64`, `polar-svd` or `polar-textbook`.
     fallback : str or None
@@ -57,7 +56,6 @@ class PolarFactor:
     basis: torch.Tensor
     mixing: torch.Tensor
     null_directions: int
-    smallest: float
     backend: str
     fallback: str | None = None
 
@@ -106,7 +104,9 @@ def polar_factor(
             return _express(panels) if backend == "express" else _mixed(panels, tolerance)
         except _Declined as declined:
             reason = f"{backend} polar factor: {declined}"
-    return replace(_double(torch.cat(list(panels), dim=1).to(torch.float64)), fallback=reason)
+    factor = _double(torch.cat(list(panels), dim=1).to(torch.float64))
+    reasons = [r for r in (reason, factor.fallback) if r]
+    return replace(factor, fallback="; ".join(reasons) or None)
 
 
 class _Declined(Exception):
@@ -117,9 +117,11 @@ def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     panel = torch.cat([p.to(torch.float32) for p in panels], dim=1)
     values, vectors = torch.linalg.eigh(_cross_gram(panel, panels))
     sigma = values.clamp_(min=0.0).sqrt_()
-    weak, weakest = int((sigma < WEAK).sum()), int((sigma < WEAKEST).sum())
+    weak, weakest = (int((sigma < share * sigma[-1]).sum()) for share in (WEAK, WEAKEST))
     if weakest > panel.shape[1] // 4:
-        raise _Declined(f"{weakest} of {panel.shape[1]} singular values below {WEAKEST}")
+        raise _Declined(
+            f"{weakest} of {panel.shape[1]} singular values below {WEAKEST} of the largest"
+        )
     error = _estimated_error(sigma, weakest)
     if error > tolerance:
         raise _Declined(f"estimated error {error:.1e} above {tolerance:.1e}")
@@ -130,7 +132,7 @@ def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     mixing = vectors.T.contiguous()
     del vectors
     if not weak:
-        return PolarFactor(basis, mixing.div_(sigma[:, None]), 0, float(sigma[0]), "polar-mixed")
+        return PolarFactor(basis, mixing.div_(sigma[:, None]), 0, "polar-mixed")
 
     products = basis[:, :weak].T @ basis  # [weak, K]
     sigma[:weak] = products.diagonal().sqrt()
@@ -148,7 +150,7 @@ def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     mixing.div_(sigma[:, None])
     mixing[:weak] -= weak_rows
     mixing[weak:] -= strong_rows
-    return PolarFactor(basis, mixing, 0, smallest, "polar-mixed")
+    return PolarFactor(basis, mixing, 0, "polar-mixed")
 
 
 def _separate_weakest(
@@ -196,13 +198,12 @@ def _express(panels: Sequence[torch.Tensor]) -> PolarFactor:
     defect = float((basis.T @ basis - eye).abs().max())
     if not defect <= ORTHONORMAL:
         raise _Declined(f"columns orthonormal to {defect:.1e} only")
-    return PolarFactor(basis, eye, 0, EXPRESS_RANGE * largest, "polar-express")
+    return PolarFactor(basis, eye, 0, "polar-express")
 
 
 def _textbook(panel: torch.Tensor) -> PolarFactor:
-    left, sigma, right = torch.linalg.svd(panel.to(torch.float32), full_matrices=False)
-    smallest = float(sigma[-1]) if sigma.numel() else 1.0
-    return PolarFactor(left, right, 0, smallest, "polar-textbook")
+    left, _, right = torch.linalg.svd(panel.to(torch.float32), full_matrices=False)
+    return PolarFactor(left, right, 0, "polar-textbook")
 
 
 def _cross_gram(panel: torch.Tensor, panels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -226,24 +227,28 @@ def _rows_of(panels: Sequence[torch.Tensor]) -> Iterator[tuple[slice, torch.Tens
 def _estimated_error(sigma: torch.Tensor, weakest: int) -> float:
     """What the mixed route's float32 arithmetic leaves of error, relative, for K >> 1.
 
-    An entrywise perturbation e of U E moves its polar factor by e / (sigma_i + sigma_j); the
-    weakest columns carry none of their own.
+    A perturbation e of the entries of U E, inside its range, moves its polar factor by
+    e / (sigma_i + sigma_j); e grows with the largest value, and the weakest columns carry none of
+    their own. The constant makes it the error measured for three independent experts.
     """
     strong = sigma[weakest:]
-    gains = (strong[:, None] + strong).reciprocal_().square_().mean() if strong.numel() else 0.0
-    return float(torch.finfo(torch.float32).eps * math.sqrt(sigma.numel()) * gains**0.5)
+    gains = (strong[:, None] + strong).reciprocal_().square_().mean()
+    scale = torch.finfo(torch.float32).eps * math.sqrt(sigma.numel()) * sigma[-1] / math.sqrt(3)
+    return float(scale * gains.sqrt())
 
 
 def _double(panel: torch.Tensor) -> PolarFactor:
     values, vectors = torch.linalg.eigh(panel.T @ panel)
     if values.numel() == 0:
-        return PolarFactor(panel, vectors, 0, 1.0, "polar-fp64")
+        return PolarFactor(panel, vectors, 0, "polar-fp64")
     sigma, backend, largest = values.clamp(min=0.0).sqrt_(), "polar-fp64", float(values[-1])
+    reason = None
     doubtful = (values < PANEL_RANGE * largest) & (values > NULL * NULL * largest)
     if bool(doubtful.any()):
         _, sigma, rows = torch.linalg.svd(panel, full_matrices=False)
         vectors, backend = rows.T, "polar-svd"
+        reason = "fp64 polar factor: singular values span more than a Gram matrix holds"
     in_range = sigma > NULL * sigma.max()
     sigma, vectors = sigma[in_range], vectors[:, in_range]
     dropped = panel.shape[1] - sigma.numel()
-    return PolarFactor(panel @ (vectors / sigma), vectors.T, dropped, float(sigma.min()), backend)
+    return PolarFactor(panel @ (vectors / sigma), vectors.T, dropped, backend, reason)

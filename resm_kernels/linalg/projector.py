@@ -25,9 +25,7 @@ PROBES, STEPS = 8, 80
 """Lanczos runs and their length, for the first guess of the shift."""
 
 
-def leading_eigenspace(
-    matrix: torch.Tensor, count: int, *, precision: torch.dtype = torch.float32
-) -> torch.Tensor | None:
+def leading_eigenspace(matrix: torch.Tensor, count: int) -> torch.Tensor | None:
     """Orthonormal eigenvectors of the `count` largest eigenvalues.
 
     Parameters
@@ -36,8 +34,6 @@ def leading_eigenspace(
         Symmetric positive semi-definite, not zero.
     count : int
         1 to n.
-    precision : torch.dtype
-        Of the sign iteration, nine tenths of the work; float32 or float64.
 
     Returns
     -------
@@ -50,8 +46,9 @@ def leading_eigenspace(
     -----
     X = sign((G + mu I)^-1 (G - mu I)) with mu a little below the eigenvalue at the cut: the
     Moebius map takes out the dynamic range (one Cholesky), Polar Express finds the sign,
-    P = (I + X) / 2 projects on the eigenvalues above mu. An orthonormal basis Q of P Omega holds
-    the wanted space; the eigenvectors of Q^T G Q, a third or so of the size, cut it exactly.
+    P = (I + X) / 2, in float32, projects on the eigenvalues above mu. An orthonormal basis Q of
+    P Omega holds the wanted space; the eigenvectors of Q^T G Q, a third or so of the size, cut it
+    exactly.
     Ours; the parts are Nakatsukasa and Freund, SIAM Review 58(3), and arXiv 2505.16932.
     """
     n = matrix.shape[0]
@@ -66,7 +63,7 @@ def leading_eigenspace(
             return None
         mapped = torch.cholesky_inverse(factor, out=shifted).mul_(-2.0 * shift)
         mapped.diagonal().add_(1.0)
-        sign = orthonormalise(mapped.to(precision), RESOLUTION).to(matrix.dtype)
+        sign = orthonormalise(mapped.to(torch.float32), RESOLUTION).to(matrix.dtype)
         trace = (n + float(sign.diagonal().sum())) / 2
         if ENOUGH * count <= trace <= TOO_MUCH * count or (trace >= count and wanted == n):
             sign.diagonal().add_(1.0)  # twice the projector

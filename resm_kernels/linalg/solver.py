@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from resm_kernels.errors import PlanError
+from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.linalg.batched import merge_batch
 from resm_kernels.linalg.eigen import gram, is_partial, leading_eigenpairs
 from resm_kernels.linalg.polar import SMALL, PolarBackend
@@ -44,7 +44,8 @@ class SolverOptions:
     subspace, polar : str
         A backend of `leading_subspaces` and of `polar_factor`, or `auto`: as the mode says.
     workspace : int, optional
-        The most bytes a merge may hold beside its inputs; a plan past it is an error.
+        The most bytes a merge may be planned to hold beside its inputs; a plan past it is an
+        error. A route that steps up to float64 or to an SVD can hold about twice its plan.
     """
 
     mode: Mode = "auto"
@@ -107,7 +108,8 @@ class SolverPlan:
     ----------
     route : Route
     workspace : int
-        Peak bytes of tensors beside base, experts and output; a BLAS keeps buffers of its own.
+        Peak bytes of tensors beside base, experts and output, without fallbacks; a BLAS keeps
+        buffers of its own.
     work : Work
         Without fallbacks.
     """
@@ -155,6 +157,7 @@ class Solver:
             work=_work(shape, ranks, route, device),
         )
 
+    @torch.no_grad()
     def subspaces(
         self,
         deltas: Sequence[Callable[[], Delta]],
@@ -179,6 +182,7 @@ class Solver:
             return _on_streams(factor, deltas, ranks, device)
         return [factor(make, rank) for make, rank in zip(deltas, ranks, strict=True)]
 
+    @torch.no_grad()
     def merge_batch(
         self, deltas: torch.Tensor, rank: int, weights: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,12 +199,15 @@ class Solver:
             weights = deltas.new_ones(count, experts, dtype=torch.float64)
         left, right, doubtful = merge_batch(deltas, rank, weights)
         for b in doubtful.nonzero().flatten().tolist():
-            single = self.merge(list(deltas[b]), [rank] * experts, weights[b].tolist())
+            single = Solver(SolverOptions(mode="exact")).merge(
+                list(deltas[b]), [rank] * experts, weights[b].tolist()
+            )
             for target, found in ((left[b], single.left), (right[b], single.right)):
                 target.zero_()
                 target[:, : found.shape[1]] = found
         return left, right
 
+    @torch.no_grad()
     def combine(self, subspaces: Sequence[Subspace], weights: Sequence[float]) -> SpectralMerge:
         """`spectral_merge` by the route of the options, inside the accuracy contract."""
         left, right = subspaces[0].left, subspaces[0].right
@@ -209,10 +216,11 @@ class Solver:
         tolerance = CONTRACT_TOLERANCE if share <= CONTRACT_SHARE else FULL_RANK_TOLERANCE
         return spectral_merge(subspaces, weights, tolerance=tolerance, polar=route.polar)
 
+    @torch.no_grad()
     def merge(
         self, deltas: Sequence[Delta], ranks: Sequence[int], weights: Sequence[float] | None = None
     ) -> SpectralMerge:
-        """Merge deltas, dense or factored, as TSV-M does.
+        """Merge deltas, dense or factored, as TSV-M does; float64 deltas always by `exact`.
 
         Parameters
         ----------
@@ -228,7 +236,14 @@ class Solver:
         PlanError
             The plan passes `workspace`.
         """
+        if len(deltas) == 0:
+            raise UsageError("no deltas to merge", fix="pass at least one")
         first = deltas[0]
+        if self.options.mode in ("auto", "fast") and any(
+            isinstance(d, torch.Tensor) and d.dtype == torch.float64 for d in deltas
+        ):
+            exact = Solver(dataclasses.replace(self.options, mode="exact"))
+            return exact.merge(deltas, ranks, weights)
         device = first.device if isinstance(first, torch.Tensor) else first.left.device
         if self.options.workspace is not None:
             sizes = [d.element_size() for d in deltas if isinstance(d, torch.Tensor)]
@@ -244,7 +259,7 @@ class Solver:
                 )
         makers = [functools.partial(_same, delta) for delta in deltas]
         subspaces = self.subspaces(makers, ranks, device=device)
-        return self.combine(subspaces, weights or [1.0] * len(deltas))
+        return self.combine(subspaces, [1.0] * len(deltas) if weights is None else weights)
 
 
 def _same(delta: Delta) -> Delta:
@@ -364,20 +379,21 @@ def _workspace(
     m, n = shape
     longer, p, total = max(m, n), min(m, n), sum(ranks)
     item = 4 if route.subspace == "textbook" else 8
+    held, factoring = 0, 0
+    for rank in ranks:
+        if route.subspace in ("svd", "textbook"):
+            one = item * (2 * m * n + 4 * p * p)
+        elif route.subspace == "projector":
+            one = 8 * 7 * p * p
+        elif is_partial(p, rank, device):
+            one = 8 * (p * p + max(5 * p * rank, (longer + 2 * p) * rank))
+        else:
+            one = 8 * (4 * p * p + longer * rank)
+        one += itemsize * m * n
+        # On a GPU all experts are factored at once, on streams of their own.
+        factoring = factoring + one if device != "cpu" else max(factoring, held + one)
+        held += item * (m + n) * rank
     factors = item * (m + n) * total
-    last = ranks[-1] if ranks else 0
-    if route.subspace in ("svd", "textbook"):
-        factoring = item * (2 * m * n + 4 * p * p)
-    elif route.subspace == "projector":
-        factoring = 8 * 7 * p * p
-    elif is_partial(p, last, device):
-        factoring = 8 * (p * p + max(5 * p * last, (longer + 2 * p) * last))
-    else:
-        factoring = 8 * (4 * p * p + longer * last)
-    factoring += itemsize * m * n
-    if device != "cpu":
-        factoring *= len(ranks)  # all experts at once, on streams of their own
-    factoring += item * (m + n) * (total - last)
 
     item = 8 if route.polar in ("fp64", "express") or total <= SMALL else 4
     item = 4 if route.polar == "textbook" else item

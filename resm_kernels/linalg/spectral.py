@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from resm_kernels.linalg.polar import PolarBackend, PolarFactor, polar_factor
-from resm_kernels.linalg.subspace import Subspace, leading_subspaces
+from resm_kernels.linalg.subspace import Subspace, leading_subspaces, times_power_of_two
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SpectralMerge:
     Attributes
     ----------
     left, right : Tensor, m x k and n x k
-        Float32 or float64.
+        Both float32 or both float64.
     null_directions : int
         Directions dropped by the polar factors, both sides together.
     backends : tuple of str
@@ -67,11 +67,14 @@ def spectral_merge(
     right = polar_factor([s.right for s in subspaces], tolerance=tolerance, backend=polar)
     scale = torch.cat([s.values * w for s, w in zip(subspaces, weights, strict=True)])
     dtype = torch.promote_types(left.basis.dtype, right.basis.dtype)
-    core = (left.mixing.to(dtype) * scale.to(dtype)) @ right.mixing.to(dtype).T
+    # The size is taken out and goes in half on either side: nothing leaves float32's range.
+    exponent = math.frexp(float(scale.abs().max()) if scale.numel() else 0.0)[1]
+    core = left.mixing.to(dtype) * times_power_of_two(scale, -exponent).to(dtype)
+    core = times_power_of_two(core @ right.mixing.to(dtype).T, exponent - exponent // 2)
     steps: list[Subspace | PolarFactor] = [*subspaces, left, right]
     return SpectralMerge(
         left=left.basis.to(dtype) @ core,
-        right=right.basis,
+        right=right.basis.to(dtype).mul_(math.ldexp(1.0, exponent // 2)),
         null_directions=left.null_directions + right.null_directions,
         backends=tuple(dict.fromkeys(step.backend for step in steps)),
         fallbacks=tuple(dict.fromkeys(step.fallback for step in steps if step.fallback)),

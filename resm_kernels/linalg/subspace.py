@@ -10,8 +10,8 @@ import torch
 
 from resm_kernels.linalg.eigen import ROWS, gram, leading_eigenpairs
 
-SAFE_EXPONENT = 400
-"""Powers of two whose squares, summed, neither overflow nor vanish in float64."""
+SAFE_EXPONENT = 200
+"""Powers of two whose fourth powers, summed, neither overflow nor vanish in float64."""
 GRAM_RANGE = 1e-8
 """Smallest eigenvalue ratio that is read from a float64 Gram matrix; below it, an SVD."""
 
@@ -141,9 +141,9 @@ def leading_subspaces(
         return leading_subspaces(delta.T, rank, energy=energy, backend=backend).transposed()
     exponent = _extreme_exponent(delta)
     if exponent:
-        scaled = _ldexp(delta, -exponent)
+        scaled = times_power_of_two(delta, -exponent)
         found = leading_subspaces(scaled, rank, energy=energy, backend=backend)
-        return replace(found, values=_ldexp(found.values, exponent))
+        return replace(found, values=times_power_of_two(found.values, exponent))
     if backend in ("svd", "textbook"):
         return _by_svd(delta, rank, energy, backend)
 
@@ -214,8 +214,10 @@ def _extreme_exponent(matrix: torch.Tensor) -> int:
     return exponent if largest and abs(exponent) > SAFE_EXPONENT else 0
 
 
-def _ldexp(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
+def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
     """tensor * 2^exponent in two factors, since one of them can pass float64's range."""
+    if exponent == 0:
+        return tensor
     half = exponent // 2
     return tensor * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)
 

@@ -29,7 +29,7 @@ class TaskArithmeticOptions:
 
 
 def chunk_workspace(
-    shape: Sequence[int], experts: int, itemsize: int, options: object = None
+    shape: Sequence[int], experts: int, itemsize: int, options: object = None, device: str = "cpu"
 ) -> int:
     """Bytes of temporaries of a chunked element-wise pass."""
     return 4 * CHUNK * itemsize

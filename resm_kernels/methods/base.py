@@ -140,8 +140,8 @@ class Method(Generic[OptionsT]):
         (name, shape, experts, options) -> the reason why a weight gets the mean of deltas
         instead, or None.
     workspace : callable
-        (shape, experts, itemsize of the compute dtype, options) -> bytes that `merge` may hold
-        beyond its inputs and its output.
+        (shape, experts, itemsize of the compute dtype, options, device type) -> bytes that
+        `merge` may hold beyond its inputs and its output.
     uses_base : bool
         Whether the base's values enter the result.
     validate : callable
@@ -157,7 +157,7 @@ class Method(Generic[OptionsT]):
     merge: Callable[
         [torch.Tensor, Sequence[torch.Tensor], Sequence[float], OptionsT, torch.dtype], Merged
     ]
-    workspace: Callable[[Sequence[int], int, int, OptionsT], int]
+    workspace: Callable[[Sequence[int], int, int, OptionsT, str], int]
     declines: Callable[[str, Sequence[int], int, OptionsT], str | None]
     uses_base: bool = True
     validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None

@@ -80,7 +80,7 @@ def spectral_declines(
 
 
 def spectral_workspace(
-    shape: Sequence[int], experts: int, itemsize: int, options: TruncatingOptions
+    shape: Sequence[int], experts: int, itemsize: int, options: TruncatingOptions, device: str
 ) -> int:
     """Bytes that TSV-M and RESM hold at their peak, beyond inputs and output.
 
@@ -88,7 +88,7 @@ def spectral_workspace(
     pair and the panels of the product. A step up to another route may hold more.
     """
     ranks = [min(shape) // experts] * experts
-    plan = _solver(options, itemsize).plan(shape, ranks, itemsize=itemsize)
+    plan = _solver(options, itemsize).plan(shape, ranks, itemsize=itemsize, device=device)
     pair = (8 if plan.route.polar in ("fp64", "express") else 4) * sum(shape) * sum(ranks)
     rebuilding = 8 * sum(shape) * sum(ranks) + 2 * pair + _panels(shape, itemsize)
     return int(SLACK * max(plan.workspace, rebuilding)) + BLAS_BUFFERS
@@ -101,7 +101,7 @@ def _solver(options: TruncatingOptions, itemsize: int) -> Solver:
 
 
 def equalising_workspace(
-    shape: Sequence[int], experts: int, itemsize: int, options: SpectralOptions
+    shape: Sequence[int], experts: int, itemsize: int, options: SpectralOptions, device: str
 ) -> int:
     """Bytes that Iso-C holds at its peak: the summed delta and its polar factor in float64."""
     rows, columns = shape

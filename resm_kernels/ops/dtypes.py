@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -20,8 +21,27 @@ def compute_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+_CUDA: Any = torch.backends.cuda.matmul
+_CPU: Any = getattr(torch.backends.mkldnn, "matmul", None)
+_PER_LIBRARY = hasattr(_CUDA, "fp32_precision") and hasattr(_CPU, "fp32_precision")
+"""Torch 2.9 and later have a setting per library, and refuse the old one once these were used."""
+
+
+def _precisions() -> tuple[str, ...]:
+    if _PER_LIBRARY:
+        return _CUDA.fp32_precision, _CPU.fp32_precision
+    return (torch.get_float32_matmul_precision(),)
+
+
+def _set_precisions(precisions: tuple[str, ...]) -> None:
+    if _PER_LIBRARY:
+        _CUDA.fp32_precision, _CPU.fp32_precision = precisions
+    else:
+        torch.set_float32_matmul_precision(*precisions)
+
+
 full_float32 = Held(
-    torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, lambda: "highest"
+    _precisions, _set_precisions, lambda: ("ieee", "ieee") if _PER_LIBRARY else ("highest",)
 )
 """While held, float32 products are float32, whatever the process asked torch for."""
 
