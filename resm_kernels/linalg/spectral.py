@@ -70,7 +70,8 @@ def spectral_merge(
     # The size is taken out and goes in half on either side: nothing leaves float32's range.
     exponent = math.frexp(float(scale.abs().max()) if scale.numel() else 0.0)[1]
     core = left.mixing.to(dtype) * times_power_of_two(scale, -exponent).to(dtype)
-    core = times_power_of_two(core @ right.mixing.to(dtype).T, exponent - exponent // 2)
+    core = core @ right.mixing.to(dtype).T
+    core.mul_(math.ldexp(1.0, exponent - exponent // 2))
     steps: list[Subspace | PolarFactor] = [*subspaces, left, right]
     return SpectralMerge(
         left=left.basis.to(dtype) @ core,
