@@ -343,7 +343,7 @@ def _work(shape: Sequence[int], ranks: Sequence[int], route: Route, device: str)
         if route.subspace in ("svd", "textbook"):
             parts["svd_fp64" if route.subspace == "svd" else "svd_fp32"] += _svd_work(shape)
             continue
-        parts["gemm_fp64"] += 5 / 4 * longer * p * p + 2.0 * longer * p * rank
+        parts["gemm_fp64"] += 9 / 8 * longer * p * p + 2.0 * longer * p * rank
         if route.subspace == "projector":
             parts["gemm_fp64"] += 2.0 * p**3
             parts["gemm_fp32"] += 10 * 6.0 * p**3
