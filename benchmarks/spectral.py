@@ -515,7 +515,7 @@ def one_checkpoint(who: str, threads: int, folder: str, out: str) -> None:
         "threads": threads,
         "wall_s": round(time.perf_counter() - start, 1),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_MB": round(usage.ru_maxrss / 1e3),
+        "peak_MB": round(resident("VmHWM") / 1e6),
     }
     print(json.dumps(row))
 
