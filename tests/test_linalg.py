@@ -142,6 +142,14 @@ def test_twisted_vectors_of_a_decoupled_matrix() -> None:
     assert np.allclose(np.abs(np.sum(found * vectors, axis=0)), 1.0, atol=1e-12)
 
 
+def test_vectors_of_null_eigenvalues_are_not_looked_for() -> None:
+    delta = torch.from_numpy(oracle.make_delta("lora", N, N, np.random.default_rng(0)))
+    found = leading_subspaces(delta, N // 3)
+    assert (found.rank, found.backend, found.fallback) == (4, "gram-partial", None)
+    nothing = leading_eigenpairs(torch.zeros(N, N, dtype=torch.float64), 10, floor=1e-12)
+    assert nothing.vectors.shape == (N, 0)
+
+
 def test_gram_is_exact_to_float64_for_float32_inputs() -> None:
     delta = oracle.make_delta("power", 1100, 37, np.random.default_rng(0))
     wide = delta.astype(np.float64)

@@ -67,7 +67,7 @@ def gram(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def leading_eigenpairs(
-    matrix: torch.Tensor, count: int, *, by_projector: bool = False
+    matrix: torch.Tensor, count: int, *, floor: float = 0.0, by_projector: bool = False
 ) -> Eigenpairs:
     """Return the `count` leading eigenvectors, with all eigenvalues or as many.
 
@@ -77,6 +77,9 @@ def leading_eigenpairs(
         Symmetric; overwritten.
     count : int
         0 to n.
+    floor : float
+        Eigenvalues at or below this share of the largest need no vectors: fewer than `count` may
+        come back.
     by_projector : bool
         Find the space with matrix products alone (`projector.leading_eigenspace`).
 
@@ -91,7 +94,7 @@ def leading_eigenpairs(
         space = leading_eigenspace(matrix, count)
         if space is None:
             reason = "projector: no shift separates the rank"
-            found = leading_eigenpairs(matrix, count)
+            found = leading_eigenpairs(matrix, count, floor=floor)
             return replace(found, fallback="; ".join(filter(None, (reason, found.fallback))))
         values_of = (space * (matrix @ space)).sum(dim=0)
         return Eigenpairs(values_of, space, "projector")
@@ -100,6 +103,8 @@ def leading_eigenpairs(
     diagonal = matrix.diagonal().clone()
     reduced = Tridiagonal(matrix.numpy())
     values = reduced.eigenvalues()[::-1]
+    if floor > 0.0:
+        count = min(count, int((values > floor * values[0]).sum()))
     leading = np.ascontiguousarray(values[:count])
     vectors = twisted_vectors(reduced.diagonal, reduced.off_diagonal, leading)
     if not _are_eigenvectors(reduced, leading, vectors):

@@ -151,10 +151,11 @@ def leading_subspaces(
     rank = min(rank, columns)
     matrix = gram(delta)
     total = float(matrix.diagonal().sum())
-    pairs = leading_eigenpairs(matrix, rank, by_projector=backend == "projector")
+    floor = rank_tolerance(rows) ** 2
+    pairs = leading_eigenpairs(matrix, rank, floor=floor, by_projector=backend == "projector")
     squares = pairs.values.clamp(min=0.0)
     known = numerical_rank(squares.sqrt(), rows)
-    kept = _kept(squares, total, min(rank, known), energy)
+    kept = _kept(squares, total, min(pairs.vectors.shape[1], known), energy)
     if kept and float(squares[kept - 1]) < GRAM_RANGE * float(squares[0]):
         reason = "gram: the kept eigenvalues span more than float64 holds"
         return replace(_by_svd(delta, rank, energy, "svd"), fallback=reason)

@@ -25,8 +25,8 @@ def twisted_vectors(diagonal: Matrix, off_diagonal: Matrix, eigenvalues: Matrix)
     -------
     ndarray, n x r, float64
         Not orthogonalised: two vectors overlap by about eps * ||T|| / (distance of their
-        eigenvalues). Eigenvalues nearer than that give parallel vectors or worse, not NaN;
-        the caller checks the Gram matrix.
+        eigenvalues). Eigenvalues nearer than that give parallel vectors, or NaN: the caller
+        checks (`leading_eigenpairs` does).
 
     Notes
     -----
@@ -34,10 +34,20 @@ def twisted_vectors(diagonal: Matrix, off_diagonal: Matrix, eigenvalues: Matrix)
     the row k where the pivot is smallest, and the vector follows from z_k = 1 in both
     directions (Dhillon and Parlett, "Multiple representations to compute orthogonal
     eigenvectors of symmetric tridiagonal matrices", section 2). O(n r) work in n steps, each
-    over all r eigenvalues; LAPACK's stemr takes three to five times as long.
+    over all r eigenvalues; LAPACK's stemr takes about three times as long.
     """
+    norm = max(float(np.abs(diagonal).max()), float(np.abs(off_diagonal).max(initial=0.0)))
+    vectors = _twisted(diagonal, off_diagonal, eigenvalues, norm)
+    lost = ~np.isfinite(vectors).all(axis=0)
+    if lost.any():  # a pivot was zero exactly: an eigenvalue within its own error has none
+        moved = eigenvalues[lost] + 4 * np.finfo(np.float64).eps * norm
+        vectors[:, lost] = _twisted(diagonal, off_diagonal, moved, norm)
+    return vectors
+
+
+def _twisted(diagonal: Matrix, off_diagonal: Matrix, eigenvalues: Matrix, norm: float) -> Matrix:
     n, count = diagonal.size, eigenvalues.size
-    floor = NEGLIGIBLE * max(float(np.abs(diagonal).max()), float(np.abs(off_diagonal).max()))
+    floor = NEGLIGIBLE * norm
     off = np.where(np.abs(off_diagonal) < floor, floor, off_diagonal)
     squares, term = off**2, np.empty(count)
     shifted = diagonal[:, None] - eigenvalues
