@@ -252,7 +252,7 @@ def timed(run: Callable[[], torch.Tensor]) -> tuple[float, float, torch.Tensor]:
 
 def layer(repeats: int = 3) -> None:
     """CPU seconds of a decoder layer at equal or better accuracy, peers in turn."""
-    peer = fusion_bench_merge()
+    peer, commit = fusion_bench_merge(), conditions(1)["commit"]
     rows: list[Row] = []
     shapes = sorted({shape for weights in LAYERS.values() for shape in weights})
     settings = ((1, "power"), (1, "noise-bf16"), (2, "power"))
@@ -291,6 +291,7 @@ def layer(repeats: int = 3) -> None:
                     "cpu_s": round(found["cpu_s"], 4),
                     "wall_s": round(found["wall_s"], 4),
                     "error_to_exact": float(error),
+                    "commit": commit,
                 }
             )
         line = {name: round(found["cpu_s"], 2) for name, found in best.items()}
@@ -310,6 +311,7 @@ def product(merge: Any) -> torch.Tensor:
 def factored_rows() -> list[Row]:
     """Three rank-16 LoRA experts as factors, against the textbook on the dense deltas."""
     torch.set_num_threads(1)
+    commit = conditions(1)["commit"]
     rows: list[Row] = []
     for shape in ((1024, 1024), (2816, 1024), (2048, 2048)):
         generator = torch.Generator().manual_seed(0)
@@ -342,6 +344,7 @@ def factored_rows() -> list[Row]:
                     "cpu_s": cpu,
                     "wall_s": wall,
                     "error_to_exact": float(error),
+                    "commit": commit,
                 }
             )
     return rows
