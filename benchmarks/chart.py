@@ -2,14 +2,12 @@
 
     make chart      # about three minutes on two cores
 
-Writes `benchmarks/results/accuracy.csv`, `memory.csv`, `conditions.json` and `docs/chart.png`.
+Writes `accuracy` and `memory` in `benchmarks/results`, and `docs/chart.png`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,13 +18,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from resm_kernels import __version__
+from benchmarks.record import ROOT, write
 from resm_kernels.api import merge_tensors
 from tests import oracle
 from tests.test_scale import MEASURE, write_family
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 SHAPE, EXPERTS = (1024, 768), 3
 KINDS = ("noise", "power", "exponential", "steep")
 LAYERS, WIDTH, INTERMEDIATE, VOCABULARY = (4, 8, 16, 32), 512, 1408, 2000
@@ -78,13 +74,6 @@ def measure_memory() -> list[dict[str, object]]:
     return rows
 
 
-def write_csv(name: str, rows: list[dict[str, object]]) -> None:
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw(accuracy: list[dict[str, object]], memory: list[dict[str, object]]) -> None:
     """Two panels, readable in grey."""
     mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
@@ -121,24 +110,10 @@ def draw(accuracy: list[dict[str, object]], memory: list[dict[str, object]]) -> 
 def main() -> None:
     """Measure, write the figures down, draw them."""
     torch.set_num_threads(1)
-    RESULTS.mkdir(exist_ok=True)
     (ROOT / "docs").mkdir(exist_ok=True)
     accuracy, memory = measure_accuracy(), measure_memory()
-    write_csv("accuracy.csv", accuracy)
-    write_csv("memory.csv", memory)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    conditions = {
-        "resm_kernels": __version__,
-        "commit": commit,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": 1,
-    }
-    (RESULTS / "conditions.json").write_text(json.dumps(conditions, indent=1) + "\n")
+    write("accuracy", accuracy, 1)
+    write("memory", memory, 1)
     draw(accuracy, memory)
 
 

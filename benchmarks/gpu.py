@@ -64,6 +64,10 @@ class TooLong(Exception):
     """A case that would not fit the time left to its part."""
 
 
+class Unavailable(Exception):
+    """A piece that this torch, or this device, does not have."""
+
+
 class Suite:
     """Keeps rows on disk while it measures them, inside a budget.
 
@@ -87,7 +91,7 @@ class Suite:
             row["status"] = "ok" if row["status"] == "running" else row["status"]
         except TooLong as error:
             row |= {"status": "skipped", "note": str(error)}
-        except NotImplementedError as error:
+        except (Unavailable, NotImplementedError) as error:  # torch raises the second itself
             row |= {"status": "unavailable", "note": f"not available ({error}".split(". ")[0] + ")"}
         except Exception as error:
             first = next(iter(str(error).splitlines()), "")
@@ -265,7 +269,7 @@ def time_pieces(suite: Suite, sizes: Sequence[int]) -> None:
         time_pieces_of(suite, n)
     for name in ("Xgesvdp", "Xpolar"):
         with suite.case("pieces", name):
-            raise NotImplementedError("needs the cuSOLVER extension")
+            raise Unavailable("needs the cuSOLVER extension")
 
 
 def time_pieces_of(suite: Suite, n: int) -> None:
@@ -301,7 +305,7 @@ def time_pieces_of(suite: Suite, n: int) -> None:
 
 def svd_by(driver: str | None, matrix: torch.Tensor) -> Any:
     if driver and matrix.device.type == "cpu":
-        raise NotImplementedError("cuda only")
+        raise Unavailable("cuda only")
     return torch.linalg.svd(matrix, full_matrices=False, driver=driver)
 
 

@@ -1,7 +1,14 @@
 """Leading subspaces of deltas, polar factors of their concatenation, and what they merge to."""
 
 from resm_kernels.linalg.polar import PolarFactor, polar_factor
-from resm_kernels.linalg.solver import Mode, Route, Solver, SolverOptions, SolverPlan
+from resm_kernels.linalg.solver import (
+    Mode,
+    Route,
+    Solver,
+    SolverOptions,
+    SolverPlan,
+    measured_rates,
+)
 from resm_kernels.linalg.spectral import SpectralMerge, equalise, spectral_merge
 from resm_kernels.linalg.subspace import FactoredDelta, Subspace, leading_subspaces, numerical_rank
 
@@ -17,6 +24,7 @@ __all__ = [
     "Subspace",
     "equalise",
     "leading_subspaces",
+    "measured_rates",
     "numerical_rank",
     "polar_factor",
     "spectral_merge",

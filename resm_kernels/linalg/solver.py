@@ -110,12 +110,15 @@ class SolverPlan:
     workspace : int
         Peak bytes of tensors beside base, experts and output, without fallbacks; a BLAS keeps
         buffers of its own.
+    pair : int
+        Bytes of the low-rank pair that comes back.
     work : Work
         Without fallbacks.
     """
 
     route: Route
     workspace: int
+    pair: int
     work: Work
 
 
@@ -154,8 +157,18 @@ class Solver:
         return SolverPlan(
             route=route,
             workspace=_workspace(shape, ranks, itemsize, route, device),
+            pair=_polar_itemsize(route, sum(ranks)) * sum(shape) * sum(ranks),
             work=_work(shape, ranks, route, device),
         )
+
+    def for_itemsize(self, itemsize: int) -> Solver:
+        """The solver for deltas of so many bytes per entry: float64 stays float64.
+
+        The textbook alone is left as it is published.
+        """
+        if itemsize < 8 or self.options.mode == "textbook":
+            return self
+        return Solver(dataclasses.replace(self.options, mode="exact"))
 
     @torch.no_grad()
     def subspaces(
@@ -239,27 +252,23 @@ class Solver:
         if len(deltas) == 0:
             raise UsageError("no deltas to merge", fix="pass at least one")
         first = deltas[0]
-        if self.options.mode in ("auto", "fast") and any(
-            isinstance(d, torch.Tensor) and d.dtype == torch.float64 for d in deltas
-        ):
-            exact = Solver(dataclasses.replace(self.options, mode="exact"))
-            return exact.merge(deltas, ranks, weights)
         device = first.device if isinstance(first, torch.Tensor) else first.left.device
+        sizes = [d.element_size() for d in deltas if isinstance(d, torch.Tensor)]
+        itemsize = max(sizes, default=4)
+        solver = self.for_itemsize(itemsize)
         if self.options.workspace is not None:
-            sizes = [d.element_size() for d in deltas if isinstance(d, torch.Tensor)]
-            planned = self.plan(
-                deltas[0].shape, ranks, itemsize=max(sizes, default=4), device=device.type
-            ).workspace
+            plan = solver.plan(first.shape, ranks, itemsize=itemsize, device=device.type)
+            planned = plan.workspace
             if planned > self.options.workspace:
                 raise PlanError(
-                    f"factoring a {deltas[0].shape[0]} x {deltas[0].shape[1]} weight",
+                    f"factoring a {first.shape[0]} x {first.shape[1]} weight",
                     got=f"{planned:,} bytes of workspace planned",
                     expected=f"at most {self.options.workspace:,} bytes",
                     fix="raise the limit or lower the ranks",
                 )
         makers = [functools.partial(_same, delta) for delta in deltas]
-        subspaces = self.subspaces(makers, ranks, device=device)
-        return self.combine(subspaces, [1.0] * len(deltas) if weights is None else weights)
+        subspaces = solver.subspaces(makers, ranks, device=device)
+        return solver.combine(subspaces, [1.0] * len(deltas) if weights is None else weights)
 
 
 def _same(delta: Delta) -> Delta:
@@ -364,9 +373,16 @@ def _work(shape: Sequence[int], ranks: Sequence[int], route: Route, device: str)
         else:
             parts["gemm_fp32"] += 2.7 * rows * total**2 + 0.6 * total**3
             parts["eigen_fp32"] += _full_work(total)
-    wide = route.polar in ("fp64", "express") or total <= SMALL
-    parts["gemm_fp64" if wide else "gemm_fp32"] += 2.0 * total**3 + 2.0 * shape[0] * total**2
+    joining = "gemm_fp64" if _polar_itemsize(route, total) == 8 else "gemm_fp32"
+    parts[joining] += 2.0 * total**3 + 2.0 * shape[0] * total**2
     return Work(**parts)
+
+
+def _polar_itemsize(route: Route, total: int) -> int:
+    """Bytes per entry of the polar factors, and of the pair that they make."""
+    if route.polar == "textbook":
+        return 4
+    return 8 if route.polar in ("fp64", "express") or total <= SMALL else 4
 
 
 def _workspace(
@@ -395,8 +411,7 @@ def _workspace(
         held += item * (m + n) * rank
     factors = item * (m + n) * total
 
-    item = 8 if route.polar in ("fp64", "express") or total <= SMALL else 4
-    item = 4 if route.polar == "textbook" else item
+    item = _polar_itemsize(route, total)
     kept = item * (m * total + total**2)
     copies = 3 if route.polar == "textbook" else 1
     left, right = (

@@ -89,15 +89,12 @@ def spectral_workspace(
     """
     ranks = [min(shape) // experts] * experts
     plan = _solver(options, itemsize).plan(shape, ranks, itemsize=itemsize, device=device)
-    pair = (8 if plan.route.polar in ("fp64", "express") else 4) * sum(shape) * sum(ranks)
-    rebuilding = 8 * sum(shape) * sum(ranks) + 2 * pair + _panels(shape, itemsize)
+    rebuilding = 8 * sum(shape) * sum(ranks) + 2 * plan.pair + _panels(shape, itemsize)
     return int(SLACK * max(plan.workspace, rebuilding)) + BLAS_BUFFERS
 
 
 def _solver(options: TruncatingOptions, itemsize: int) -> Solver:
-    """Float64 checkpoints are merged in float64 unless the user asks for the textbook."""
-    mode = "exact" if itemsize == 8 and options.solver != "textbook" else options.solver
-    return Solver(SolverOptions(mode=mode))
+    return Solver(SolverOptions(mode=options.solver)).for_itemsize(itemsize)
 
 
 def equalising_workspace(

@@ -1,0 +1,47 @@
+"""Figures that are kept: rows as CSV, and beside them what they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
+
+
+def conditions(threads: int) -> Row:
+    """What the figures depend on."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    models = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    found: Row = {"commit": commit, "python": platform.python_version(), "threads": threads}
+    found |= {"cpu": models[0] if models else platform.machine(), "cores": len(models)}
+    for name in ("torch", "numpy", "scipy", "fusion-bench"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def write(name: str, rows: list[Row], threads: int) -> None:
+    """The rows as CSV and their conditions as JSON."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    (RESULTS / f"{name}.json").write_text(json.dumps(conditions(threads), indent=1) + "\n")
