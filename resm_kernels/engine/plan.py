@@ -245,13 +245,14 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
             key = matching.canonical(slot.name)
             settings = recipe.options(key, positions[key])
             weights = recipe.weights(key, positions[key])
-            rule, workspace = "copy", chunk_workspace(slot.shape, len(sources), 8)
+            rule = "copy"
+            workspace = chunk_workspace(slot.shape, len(sources), 8, settings, device.type)
             if sources:
                 method.validate(weights, settings)
                 reason = method.declines(key, slot.shape, len(sources), settings)
                 rule = recipe.method if reason is None else "mean"
                 inputs = (matching.source(base, slot.name), *sources)
-                wide = any(s.info.dtype.name == "F64" for s in inputs if s is not None)
+                wide = any(s.info.dtype.name == "F64" for s in inputs)
                 if reason is None:
                     itemsize = 8 if wide else 4
                     workspace = method.workspace(

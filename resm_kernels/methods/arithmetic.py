@@ -10,7 +10,7 @@ import torch
 from resm_kernels.errors import UsageError
 from resm_kernels.methods.base import Merged, Method, never_declines, option
 from resm_kernels.ops.consensus import weighted_deltas, weighted_sum
-from resm_kernels.ops.dtypes import CHUNK
+from resm_kernels.ops.dtypes import chunk_on
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class TaskArithmeticOptions:
 
 
 def chunk_workspace(
-    shape: Sequence[int], experts: int, itemsize: int, options: object = None, device: str = "cpu"
+    shape: Sequence[int], experts: int, itemsize: int, options: object, device: str
 ) -> int:
     """Bytes of temporaries of a chunked element-wise pass."""
-    return 4 * CHUNK * itemsize
+    return 4 * chunk_on(device) * itemsize
 
 
 def _validate_linear(weights: Sequence[float], options: LinearOptions) -> None:

@@ -46,9 +46,9 @@ full_float32 = Held(
 """While held, float32 products are float32, whatever the process asked torch for."""
 
 
-def chunk_of(tensor: torch.Tensor) -> int:
-    """Elements per piece on the tensor's device."""
-    return CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
+def chunk_on(device: str) -> int:
+    """Elements per piece on a device of this type."""
+    return CHUNK if device == "cpu" else DEVICE_CHUNK
 
 
 def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
@@ -58,7 +58,7 @@ def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
 
 def scratch(count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised buffer for one piece, taken once per call instead of once per piece."""
-    return torch.empty(min(count, chunk_of(like)), dtype=dtype, device=like.device)
+    return torch.empty(min(count, chunk_on(like.device.type)), dtype=dtype, device=like.device)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from resm_kernels.ops.dtypes import chunk_of, chunks, compute_dtype, scratch
+from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype, scratch
 
 
 def weighted_sum(
@@ -26,7 +26,7 @@ def weighted_sum(
     out = torch.empty(tensors[0].shape, dtype=out_dtype, device=tensors[0].device)
     target = out.view(-1)
     total_buffer, value_buffer = (scratch(target.numel(), out, dtype) for _ in range(2))
-    for piece in chunks(target.numel(), chunk_of(out)):
+    for piece in chunks(target.numel(), chunk_on(out.device.type)):
         count = piece.stop - piece.start
         total, value = total_buffer[:count].zero_(), value_buffer[:count]
         for tensor, weight in zip(flat, weights, strict=True):
@@ -57,7 +57,7 @@ def weighted_deltas(
     out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
     target = out.view(-1)
     buffers = [scratch(target.numel(), out, dtype) for _ in range(3)]
-    for piece in chunks(target.numel(), chunk_of(out)):
+    for piece in chunks(target.numel(), chunk_on(out.device.type)):
         origin, total, value = (buffer[: piece.stop - piece.start] for buffer in buffers)
         origin.copy_(flat_base[piece])
         total.zero_()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resm_kernels.ops.dtypes import chunk_of, chunks, compute_dtype, scratch
+from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype, scratch
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def delta_stats(
         return a.copy_(expert[piece]).sub_(origin.copy_(base[piece])).abs_()
 
     abs_sum = square_sum = 0.0
-    for piece in chunks(count, chunk_of(base)):
+    for piece in chunks(count, chunk_on(base.device.type)):
         a = magnitude(piece)
         wide = wide_buffer[: a.numel()].copy_(a)
         abs_sum += float(wide.sum())
@@ -83,7 +83,7 @@ def delta_stats(
     floor = min(noise_floor * math.sqrt(mean_square), largest)
 
     outlier_mass, outlier_count, sparse_count = 0.0, 0, 0
-    for piece in chunks(count, chunk_of(base)):
+    for piece in chunks(count, chunk_on(base.device.type)):
         a = magnitude(piece)
         sparse_count += int((a <= floor).count_nonzero())
         outliers = torch.nn.functional.threshold(a, threshold, 0.0, inplace=True)
