@@ -26,7 +26,7 @@ from resm_kernels.methods import METHODS
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.recipe import Recipe, layer_positions
 
-NUMERICS = 2
+NUMERICS = 3
 """Raised whenever the same plan would give other bytes."""
 PREFETCH = 2
 """Weights read ahead of the workers."""

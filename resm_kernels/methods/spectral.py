@@ -14,7 +14,7 @@ from resm_kernels.methods.base import Merged, Method, matches, option
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 from resm_kernels.ops.dtypes import compute_dtype
 from resm_kernels.ops.low_rank import PANEL, add_low_rank
-from resm_kernels.ops.mask import masked_delta
+from resm_kernels.ops.mask import Mask, masked_delta
 
 EXCLUDE = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*", "shared.weight")
 """Vocabulary and position tables, and norms: matrices in shape, but not linear maps."""
@@ -135,10 +135,7 @@ def _resm(
 ) -> Merged:
     count = len(experts)
     limit = min(base.shape) // count
-    stats = [
-        delta_stats(base, expert, sigma=options.sigma, noise_floor=options.noise_floor)
-        for expert in experts
-    ]
+    stats = delta_stats(base, experts, sigma=options.sigma, noise_floor=options.noise_floor)
     scores = [_outlier_score(s, options.outlier_score) for s in stats]
     changed = [s.abs_sum > 0.0 for s in stats]
     outlier_weights = outlier_weighting(scores, options.outlier_power, changed)
@@ -157,7 +154,7 @@ def _resm(
         out_dtype,
         rule="resm",
         energy=options.rank_energy if options.rank == "energy" else None,
-        floors=[s.floor for s in stats] if options.mask_noise else None,
+        masks=[Mask(floor=s.floor) for s in stats] if options.mask_noise else None,
     )
     return replace(merged, outlier_scores=tuple(scores), sparsity=sparsity)
 
@@ -173,8 +170,11 @@ def _iso_c(
     for expert, weight in zip(experts, weights, strict=True):
         total.add_(masked_delta(base, expert), alpha=weight)
     merge, rank = equalise(total)
+    (tensor,) = add_low_rank(
+        base, merge.left, merge.right, scales=[options.lambda_], out_dtype=out_dtype
+    )
     return Merged(
-        add_low_rank(base, merge.left, merge.right, scale=options.lambda_, out_dtype=out_dtype),
+        tensor,
         "iso_c",
         ranks=(rank,),
         weights=tuple(weights),
@@ -231,11 +231,11 @@ def _merge_subspaces(
     *,
     rule: str,
     energy: float | None = None,
-    floors: Sequence[float] | None = None,
+    masks: Sequence[Mask] | None = None,
 ) -> Merged:
     solver = _solver(options, compute_dtype((base, *experts)).itemsize)
     deltas = [
-        functools.partial(masked_delta, base, expert, floor=None if floors is None else floors[t])
+        functools.partial(masked_delta, base, expert, None if masks is None else masks[t])
         for t, expert in enumerate(experts)
     ]
     subspaces = solver.subspaces(deltas, ranks, energy=energy, device=base.device)
@@ -245,8 +245,11 @@ def _merge_subspaces(
         for t, s in enumerate(subspaces)
         if s.numerical_rank < ranks[t]
     ]
+    (tensor,) = add_low_rank(
+        base, merge.left, merge.right, scales=[options.lambda_], out_dtype=out_dtype
+    )
     return Merged(
-        add_low_rank(base, merge.left, merge.right, scale=options.lambda_, out_dtype=out_dtype),
+        tensor,
         rule,
         ranks=tuple(s.rank for s in subspaces),
         weights=tuple(weights),

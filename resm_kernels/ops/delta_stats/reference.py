@@ -2,100 +2,76 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from resm_kernels.ops.delta_stats.stats import DeltaStats, thresholds
 from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype, scratch
 
 
-@dataclass(frozen=True)
-class DeltaStats:
-    """Statistics of A = |W_t - W_0| over all entries of one weight.
-
-    `threshold` is mu + sigma * sd of A; an entry above it is an outlier. `floor` is
-    noise_floor * rms; an entry at or below it is sparse. Sums are float64.
-    """
-
-    count: int
-    abs_sum: float
-    square_sum: float
-    threshold: float
-    outlier_mass: float
-    outlier_count: int
-    floor: float
-    sparse_count: int
-
-    @property
-    def outlier_share(self) -> float:
-        """Share of the absolute mass that lies in outliers, in [0, 1]; 0 for a zero delta."""
-        return self.outlier_mass / self.abs_sum if self.abs_sum > 0 else 0.0
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of entries at or below the noise floor, in [0, 1]."""
-        return self.sparse_count / self.count if self.count else 0.0
-
-
 def delta_stats(
-    base: torch.Tensor, expert: torch.Tensor, *, sigma: float = 3.0, noise_floor: float = 0.0
-) -> DeltaStats:
-    """Score one expert's delta against its base.
-
-    Parameters
-    ----------
-    base, expert : Tensor
-        The same shape, any float dtypes; strided views are accepted.
-    sigma : float
-        Outlier threshold in standard deviations of A above its mean.
-    noise_floor : float
-        Sparse threshold as a fraction of the root mean square of the delta.
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    *,
+    sigma: float = 3.0,
+    noise_floor: float = 0.0,
+) -> list[DeltaStats]:
+    """Score the deltas of all experts against their base; see `ops.delta_stats`.
 
     Notes
     -----
-    Reads both inputs twice and writes nothing; temporaries are three chunks. Differences are
-    taken in `compute_dtype`, sums in float64 over a fixed chunk order, so the result does not
-    depend on the machine's core count when torch runs one thread. Source: design section 2.
+    Reads base and experts twice and writes nothing; temporaries are three chunks. Sums run in
+    float64 over a fixed chunk order, so the result does not depend on the machine's core count
+    when torch runs one thread.
     """
-    dtype = compute_dtype((base, expert))
-    base, expert = base.reshape(-1), expert.reshape(-1)
+    dtype = compute_dtype((base, *experts))
+    base, flat = base.reshape(-1), [expert.reshape(-1) for expert in experts]
     count = base.numel()
-    buffers = [scratch(count, base, dtype), scratch(count, base, dtype)]
+    buffers = [scratch(count, base, dtype) for _ in range(2)]
     wide_buffer = scratch(count, base, torch.float64)
 
-    def magnitude(piece: slice) -> torch.Tensor:
-        a, origin = (buffer[: piece.stop - piece.start] for buffer in buffers)
-        return a.copy_(expert[piece]).sub_(origin.copy_(base[piece])).abs_()
+    def magnitudes() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        for piece in chunks(count, chunk_on(base.device.type)):
+            origin, a = (buffer[: piece.stop - piece.start] for buffer in buffers)
+            origin.copy_(base[piece])
+            for t, expert in enumerate(flat):
+                yield t, a.copy_(expert[piece]).sub_(origin).abs_(), wide_buffer[: a.numel()]
 
-    abs_sum = square_sum = 0.0
-    for piece in chunks(count, chunk_on(base.device.type)):
-        a = magnitude(piece)
-        wide = wide_buffer[: a.numel()].copy_(a)
-        abs_sum += float(wide.sum())
-        square_sum += float(wide.square_().sum())
+    sums = torch.zeros(4, len(flat), dtype=torch.float64, device=base.device)
+    abs_sums, square_sums, outlier_mass, largest = sums
+    counts = torch.zeros(3, len(flat), dtype=torch.int64, device=base.device)
+    nonzero, outliers, sparse = counts
+    for t, a, wide in magnitudes():
+        wide.copy_(a)
+        abs_sums[t] += wide.sum()
+        square_sums[t] += torch.dot(wide, wide)
+        nonzero[t] += a.count_nonzero()
+        largest[t] = torch.maximum(largest[t], a.amax())
 
-    mean = abs_sum / count if count else 0.0
-    mean_square = square_sum / count if count else 0.0
-    largest = torch.finfo(dtype).max
-    spread = math.sqrt(max(mean_square - mean * mean, 0.0))
-    threshold = min(mean + sigma * spread, largest)
-    floor = min(noise_floor * math.sqrt(mean_square), largest)
-
-    outlier_mass, outlier_count, sparse_count = 0.0, 0, 0
-    for piece in chunks(count, chunk_on(base.device.type)):
-        a = magnitude(piece)
-        sparse_count += int((a <= floor).count_nonzero())
-        outliers = torch.nn.functional.threshold(a, threshold, 0.0, inplace=True)
-        outlier_count += int(outliers.count_nonzero())
-        outlier_mass += float(wide_buffer[: a.numel()].copy_(outliers).sum())
-    return DeltaStats(
-        count=count,
-        abs_sum=abs_sum,
-        square_sum=square_sum,
-        threshold=threshold,
-        outlier_mass=outlier_mass,
-        outlier_count=outlier_count,
-        floor=floor,
-        sparse_count=sparse_count,
-    )
+    mean = abs_sums / max(count, 1)
+    variance = (square_sums / max(count, 1) - mean * mean).clamp_min_(0.0)
+    limits = thresholds(mean, variance, sigma, noise_floor, dtype).tolist()
+    for t, a, wide in magnitudes():
+        threshold, floor = limits[t]
+        sparse[t] += (a <= floor).count_nonzero()
+        above = torch.nn.functional.threshold(a, threshold, 0.0, inplace=True)
+        outliers[t] += above.count_nonzero()
+        outlier_mass[t] += wide.copy_(above).sum()
+    return [
+        DeltaStats(
+            count=count,
+            abs_sum=abs_sum,
+            square_sum=square_sum,
+            largest=most,
+            zero_count=count - changed,
+            threshold=threshold,
+            outlier_mass=mass,
+            outlier_count=outlier,
+            floor=floor,
+            sparse_count=noise,
+        )
+        for (abs_sum, square_sum, mass, most), (changed, outlier, noise), (threshold, floor) in zip(
+            sums.T.tolist(), counts.T.tolist(), limits, strict=True
+        )
+    ]

@@ -1,6 +1,9 @@
-"""W_0 + lambda * L R^T in plain torch, a panel of rows at a time."""
+"""W_0 + lambda * (L s) R^T in plain torch, a panel of rows at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -8,6 +11,7 @@ from resm_kernels.ops.dtypes import chunks, compute_dtype
 
 PANEL = 1 << 22
 """Elements of the product that are in memory at once."""
+Precision = Literal["tf32x3", "ieee", "tf32"]
 
 
 def add_low_rank(
@@ -15,31 +19,24 @@ def add_low_rank(
     left: torch.Tensor,
     right: torch.Tensor,
     *,
-    scale: float,
+    scales: Sequence[float],
     out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return `base + scale * left @ right.T` rounded once to `out_dtype`.
-
-    Parameters
-    ----------
-    base : Tensor, m x n
-        Any float dtype.
-    left, right : Tensor, m x K and n x K
-        Any float dtypes; the product is accumulated in `compute_dtype(base)`. K may be 0.
-    scale : float
-        The merge coefficient lambda.
-    out_dtype : torch.dtype
-        Dtype of the result; the only rounding beyond the accumulation happens here.
+    values: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """W_0 + scale * (L s) R^T for every scale; see `ops.low_rank`.
 
     Notes
     -----
-    Peak temporary: one panel of rows, `PANEL` elements or one row. The panel height depends on
-    the shape alone, so equal inputs give equal bytes.
+    Peak temporary: one panel of rows and what becomes of it, `PANEL` elements or one row each.
+    The panel's height depends on the shape alone, so equal inputs give equal bytes.
     """
     rows, columns = base.shape
     dtype = compute_dtype((base,))
     left, right = left.to(dtype), right.to(dtype)
-    out = torch.empty(rows, columns, dtype=out_dtype, device=base.device)
+    outs = [torch.empty(rows, columns, dtype=out_dtype, device=base.device) for _ in scales]
     for panel in chunks(rows, max(1, PANEL // max(columns, 1))):
-        out[panel] = torch.addmm(base[panel].to(dtype), left[panel], right.T, alpha=scale)
-    return out
+        part = left[panel] if values is None else left[panel] * values.to(dtype)
+        product = part @ right.T
+        for out, scale in zip(outs, scales, strict=True):
+            out[panel] = torch.add(base[panel], product, alpha=scale)
+    return outs

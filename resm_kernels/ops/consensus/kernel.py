@@ -1,0 +1,193 @@
+"""Combinations of tensors and of deltas in Triton: one pass over all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from resm_kernels.ops.consensus.reference import NO_WEIGHT, Election
+from resm_kernels.ops.elementwise import BLOCK, block_of, expert_of, launch, load
+from resm_kernels.ops.launch import addresses, flat_inputs
+from resm_kernels.ops.mask.kernel import mask_tables, masked
+from resm_kernels.ops.mask.mask import Mask
+
+ELECTED = 2048
+"""Elements per program of an election, which holds five sums."""
+
+
+@triton.jit(do_not_specialize=["count", "experts"])
+def _sum_kernel(
+    base_ptr,
+    expert_table,
+    out_ptr,
+    floats_ptr,
+    ints_ptr,
+    count: tl.int64,
+    experts: tl.int32,
+    scale: tl.float32,
+    divisor: tl.float32,
+    DELTAS: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """W_0 + scale * sum_t w_t (W_t - W_0) / divisor; without DELTAS, W_0 counts as zero."""
+    first, lanes, inside = block_of(count, EVEN, BLOCK)
+    base = tl.zeros([BLOCK], tl.float32)
+    if DELTAS:
+        base = load(base_ptr + first, lanes, inside)
+    total = tl.zeros([BLOCK], tl.float32)
+    for t in range(experts):
+        value = load(expert_of(expert_table, t, base_ptr) + first, lanes, inside) - base  # [BLOCK]
+        floats = floats_ptr + 5 * t
+        if MASKED:
+            total += masked(value, first, lanes, floats, ints_ptr + 4 * t, DROP, BLOCK)
+        elif DELTAS:
+            total += value * tl.load(floats + 4)
+        else:
+            total = tl.fma(value, tl.load(floats + 4), total)
+    total = tl.div_rn(total, divisor) * scale + base
+    tl.store(out_ptr + first + lanes, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "experts"])
+def _elect_kernel(
+    base_ptr,
+    expert_table,
+    out_ptr,
+    floats_ptr,
+    ints_ptr,
+    count: tl.int64,
+    experts: tl.int32,
+    scale: tl.float32,
+    no_weight: tl.float32,
+    COUNT: tl.constexpr,
+    MEAN: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """W_0 + scale * the sum or weighted mean of the deltas whose sign wins the vote."""
+    first, lanes, inside = block_of(count, EVEN, BLOCK)
+    base = load(base_ptr + first, lanes, inside)  # [BLOCK]
+    vote = tl.zeros([BLOCK], tl.float32)
+    rising = tl.zeros([BLOCK], tl.float32)
+    falling = tl.zeros([BLOCK], tl.float32)
+    rising_weight = tl.zeros([BLOCK], tl.float32)
+    falling_weight = tl.zeros([BLOCK], tl.float32)
+    for t in range(experts):
+        delta = load(expert_of(expert_table, t, base_ptr) + first, lanes, inside) - base
+        floats = floats_ptr + 5 * t
+        weight = tl.load(floats + 4)
+        if MASKED:
+            delta = masked(delta, first, lanes, floats, ints_ptr + 4 * t, DROP, BLOCK)
+        else:
+            delta = delta * weight
+        if COUNT:
+            vote += tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, 0.0))
+        else:
+            vote += delta
+        rising += tl.maximum(delta, 0.0)
+        falling += tl.minimum(delta, 0.0)
+        if MEAN:
+            rising_weight += tl.where(delta > 0.0, weight, 0.0)
+            falling_weight += tl.where(delta < 0.0, weight, 0.0)
+    total = tl.where(vote >= 0.0, rising, falling)
+    if MEAN:
+        divisor = tl.where(vote >= 0.0, rising_weight, falling_weight)
+        total = tl.div_rn(total, tl.where(tl.abs(divisor) < no_weight, 1.0, divisor))
+    tl.store(
+        out_ptr + first + lanes, (total * scale + base).to(out_ptr.dtype.element_ty), mask=inside
+    )
+
+
+def weighted_sum(
+    tensors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    out_dtype: torch.dtype,
+    normalize: bool = False,
+) -> torch.Tensor:
+    """sum_t w_t W_t, divided by sum_t w_t where `normalize`; see `ops.consensus`."""
+    divisor = float(torch.tensor(weights, dtype=torch.float32).sum()) if normalize else 1.0
+    return _combine(
+        _sum_kernel,
+        *(tensors[0], tensors, weights, None, out_dtype),
+        scalars=(1.0, divisor),
+        DELTAS=False,
+    )
+
+
+def weighted_deltas(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    scale: float,
+    out_dtype: torch.dtype,
+    divisor: float = 1.0,
+    masks: Sequence[Mask] | None = None,
+) -> torch.Tensor:
+    """W_0 + scale * sum_t w_t D_t / divisor; see `ops.consensus`."""
+    return _combine(
+        _sum_kernel,
+        *(base, experts, weights, masks, out_dtype),
+        scalars=(scale, divisor),
+        DELTAS=True,
+    )
+
+
+def elected_deltas(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    elect: Election,
+    mean: bool,
+    scale: float,
+    out_dtype: torch.dtype,
+    masks: Sequence[Mask] | None = None,
+) -> torch.Tensor:
+    """W_0 + scale * the deltas of the elected sign; see `ops.consensus`."""
+    return _combine(
+        _elect_kernel,
+        *(base, experts, weights, masks, out_dtype),
+        scalars=(scale, NO_WEIGHT),
+        block=ELECTED,
+        COUNT=elect == "count",
+        MEAN=mean,
+    )
+
+
+def _combine(
+    kernel: object,
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    masks: Sequence[Mask] | None,
+    out_dtype: torch.dtype,
+    *,
+    scalars: tuple[float, float],
+    block: int = BLOCK,
+    **constants: bool,
+) -> torch.Tensor:
+    """Launch a kernel that reads every expert and writes one tensor of the base's shape."""
+    flat_base, *flat = flat_inputs((base, *experts))
+    count = flat_base.numel()
+    out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+    tables = mask_tables(masks or [Mask()] * len(flat), weights, count, base.device)
+    launch(
+        kernel,
+        count,
+        *(flat_base, addresses(flat), out, *tables, count, len(flat), *scalars),
+        block=block,
+        MASKED=masks is not None,
+        DROP=masks is not None and any(mask.density < 1.0 for mask in masks),
+        **constants,
+    )
+    return out

@@ -1,0 +1,53 @@
+"""What is known of one delta's magnitudes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeltaStats:
+    """Statistics of A = |W_t - W_0| over all entries of one weight.
+
+    `threshold` is mu + sigma * sd of A; an entry above it is an outlier. `floor` is
+    noise_floor * rms; an entry at or below it is sparse. Sums are float64.
+    """
+
+    count: int
+    abs_sum: float
+    square_sum: float
+    largest: float
+    zero_count: int
+    threshold: float
+    outlier_mass: float
+    outlier_count: int
+    floor: float
+    sparse_count: int
+
+    @property
+    def outlier_share(self) -> float:
+        """Share of the absolute mass that lies in outliers, in [0, 1]; 0 for a zero delta."""
+        return self.outlier_mass / self.abs_sum if self.abs_sum > 0 else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of entries at or below the noise floor, in [0, 1]."""
+        return self.sparse_count / self.count if self.count else 0.0
+
+
+def thresholds(
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sigma: float,
+    noise_floor: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Outlier threshold and noise floor of A: float64 [T] -> [T, 2], inside `dtype`'s range.
+
+    The one formula of both implementations: mean + sigma * sd, and noise_floor * rms.
+    """
+    rms = (variance + mean * mean).sqrt()
+    limits = torch.stack((mean + sigma * variance.sqrt(), noise_floor * rms), dim=-1)
+    return limits.clamp_max(torch.finfo(dtype).max)

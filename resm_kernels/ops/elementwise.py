@@ -1,0 +1,56 @@
+"""What element-wise Triton kernels share: a block per program, experts by table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+BLOCK = 4096
+"""Elements per program: it fixes the summation tree on every card."""
+WARPS = 8
+"""Warps per program: 16 elements a thread, two 16-byte loads of bf16 in flight per input."""
+EXACT = {"enable_fp_fusion": False}
+"""Compile option: a product and a sum round twice, as in plain torch, so the bytes are the same."""
+EVEN = 16
+"""A count of whole groups of this many entries lets masked loads be 16 bytes wide."""
+
+
+@triton.jit
+def block_of(count, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's first entry (int64), its lanes, and which of them lie inside the tensor."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    left = before(count, first, BLOCK)
+    if EVEN:
+        left = left // 16 * 16
+    lanes = tl.arange(0, BLOCK)  # [BLOCK]
+    return first, lanes, lanes < left
+
+
+@triton.jit
+def before(place, first, BLOCK: tl.constexpr):
+    """How many of the lanes from entry `first` on lie before `place`: int32, in [0, BLOCK]."""
+    return tl.minimum(tl.maximum(place - first, 0), BLOCK).to(tl.int32)
+
+
+@triton.jit
+def load(ptr, lanes, inside):
+    """A block in float32, zero outside the tensor."""
+    return tl.load(ptr + lanes, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def expert_of(expert_table, t, base_ptr):
+    """The pointer to expert t: 16-byte aligned, of the base's dtype."""
+    address = tl.load(expert_table + t)
+    return tl.multiple_of(address.to(tl.pointer_type(base_ptr.dtype.element_ty)), 16)
+
+
+def launch(
+    kernel: Any, count: int, *arguments: object, block: int = BLOCK, **constants: object
+) -> None:
+    """Run an element-wise kernel over `count` entries."""
+    kernel[(triton.cdiv(count, block),)](
+        *arguments, **constants, EVEN=count % EVEN == 0, BLOCK=block, num_warps=WARPS, **EXACT
+    )
