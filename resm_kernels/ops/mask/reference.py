@@ -141,6 +141,6 @@ def _cut(base: torch.Tensor, expert: torch.Tensor, threshold: float, need: int) 
     for piece, delta in _deltas(base, expert):
         places = (delta.abs_() == threshold).nonzero()
         if places.numel() >= need:
-            return piece.start + int(places[need - 1]) + 1
+            return int(piece.start + places[need - 1] + 1)
         need -= places.numel()
     raise AssertionError("fewer entries of the threshold's magnitude than were counted")
