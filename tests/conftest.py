@@ -1,5 +1,10 @@
-"""One BLAS thread per test process: several spinning on two cores are ten times slower."""
+"""One BLAS thread per test process, and Triton's interpreter where there is no GPU."""
 
 import os
 
+import torch
+
+# Several threads spinning on two cores are ten times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -9,13 +9,10 @@ import triton
 import triton.language as tl
 
 from resm_kernels.ops.consensus.reference import NO_WEIGHT, Election
-from resm_kernels.ops.elementwise import BLOCK, block_of, expert_of, launch, load
+from resm_kernels.ops.elementwise import block_of, expert_of, launch, load
 from resm_kernels.ops.launch import addresses, flat_inputs
 from resm_kernels.ops.mask.kernel import mask_tables, masked
 from resm_kernels.ops.mask.mask import Mask
-
-ELECTED = 2048
-"""Elements per program of an election, which holds five sums."""
 
 
 @triton.jit(do_not_specialize=["count", "experts"])
@@ -54,7 +51,7 @@ def _sum_kernel(
     tl.store(out_ptr + first + lanes, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "experts"])
+@triton.jit(do_not_specialize=["count", "experts", "by_count", "mean"])
 def _elect_kernel(
     base_ptr,
     expert_table,
@@ -63,10 +60,10 @@ def _elect_kernel(
     ints_ptr,
     count: tl.int64,
     experts: tl.int32,
+    by_count: tl.int32,
+    mean: tl.int32,
     scale: tl.float32,
     no_weight: tl.float32,
-    COUNT: tl.constexpr,
-    MEAN: tl.constexpr,
     MASKED: tl.constexpr,
     DROP: tl.constexpr,
     EVEN: tl.constexpr,
@@ -88,22 +85,17 @@ def _elect_kernel(
             delta = masked(delta, first, lanes, floats, ints_ptr + 4 * t, DROP, BLOCK)
         else:
             delta = delta * weight
-        if COUNT:
-            vote += tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, 0.0))
-        else:
-            vote += delta
+        sign = tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, 0.0))
+        vote += tl.where(by_count != 0, sign, delta)
         rising += tl.maximum(delta, 0.0)
         falling += tl.minimum(delta, 0.0)
-        if MEAN:
-            rising_weight += tl.where(delta > 0.0, weight, 0.0)
-            falling_weight += tl.where(delta < 0.0, weight, 0.0)
+        rising_weight += tl.where(delta > 0.0, weight, 0.0)
+        falling_weight += tl.where(delta < 0.0, weight, 0.0)
     total = tl.where(vote >= 0.0, rising, falling)
-    if MEAN:
-        divisor = tl.where(vote >= 0.0, rising_weight, falling_weight)
-        total = tl.div_rn(total, tl.where(tl.abs(divisor) < no_weight, 1.0, divisor))
-    tl.store(
-        out_ptr + first + lanes, (total * scale + base).to(out_ptr.dtype.element_ty), mask=inside
-    )
+    divisor = tl.where(vote >= 0.0, rising_weight, falling_weight)
+    divisor = tl.where((mean != 0) & (tl.abs(divisor) >= no_weight), divisor, 1.0)
+    total = tl.div_rn(total, divisor) * scale + base
+    tl.store(out_ptr + first + lanes, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def weighted_sum(
@@ -157,10 +149,7 @@ def elected_deltas(
     return _combine(
         _elect_kernel,
         *(base, experts, weights, masks, out_dtype),
-        scalars=(scale, NO_WEIGHT),
-        block=ELECTED,
-        COUNT=elect == "count",
-        MEAN=mean,
+        scalars=(int(elect == "count"), int(mean), scale, NO_WEIGHT),
     )
 
 
@@ -172,8 +161,7 @@ def _combine(
     masks: Sequence[Mask] | None,
     out_dtype: torch.dtype,
     *,
-    scalars: tuple[float, float],
-    block: int = BLOCK,
+    scalars: tuple[float, ...],
     **constants: bool,
 ) -> torch.Tensor:
     """Launch a kernel that reads every expert and writes one tensor of the base's shape."""
@@ -185,7 +173,6 @@ def _combine(
         kernel,
         count,
         *(flat_base, addresses(flat), out, *tables, count, len(flat), *scalars),
-        block=block,
         MASKED=masks is not None,
         DROP=masks is not None and any(mask.density < 1.0 for mask in masks),
         **constants,

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from resm_kernels.ops.delta_stats.stats import DeltaStats, thresholds
-from resm_kernels.ops.elementwise import BLOCK, block_of, expert_of, launch, load
+from resm_kernels.ops.delta_stats.stats import DeltaStats, combine, gather, thresholds
+from resm_kernels.ops.elementwise import SUMMED, block_of, expert_of, launch, load
 from resm_kernels.ops.launch import addresses, flat_inputs
 
 LARGEST_UNIT = tl.constexpr(253 << 23)
@@ -99,37 +99,20 @@ def delta_stats(
     """
     flat_base, *flat = flat_inputs((base, *experts))
     count, device = flat_base.numel(), flat_base.device
-    blocks = triton.cdiv(count, BLOCK)
+    blocks = triton.cdiv(count, SUMMED)
     table = addresses(flat)
     partial = torch.empty(len(flat), 4, blocks, dtype=torch.float64, device=device)
-    launch(_moments_kernel, count, flat_base, table, partial, count, len(flat))
+    launch(_moments_kernel, count, flat_base, table, partial, count, len(flat), block=SUMMED)
     totals, squares, maxima, zeros = partial.unbind(1)
-    mean = totals.sum(-1) / count
-    entries = torch.full_like(totals[0], BLOCK)
-    entries[-1] = count - (blocks - 1) * BLOCK
-    spread = totals / entries - mean[:, None]
-    variance = (squares + entries * spread.square()).sum(-1) / count
+    mean, variance = combine(count, SUMMED, totals, squares)
     largest = maxima.amax(-1)
 
     limits = thresholds(mean, variance, sigma, noise_floor, torch.float32)
     unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-125, 125))
     given = torch.cat((limits, unit[:, None]), dim=-1).float()
     partial = torch.empty(len(flat), 3, blocks, dtype=torch.float64, device=device)
-    launch(_outliers_kernel, count, flat_base, table, given, partial, count, len(flat))
-    sums = (count * mean, count * (variance + mean * mean), largest, *limits.unbind(-1))
-    rows = torch.stack((*sums, zeros.sum(-1), *partial.sum(-1).unbind(-1)), dim=-1)
-    return [
-        DeltaStats(
-            count=count,
-            abs_sum=abs_sum,
-            square_sum=square_sum,
-            largest=most,
-            zero_count=int(zero),
-            threshold=threshold,
-            outlier_mass=mass,
-            outlier_count=int(outlier),
-            floor=floor,
-            sparse_count=int(noise),
-        )
-        for abs_sum, square_sum, most, threshold, floor, zero, mass, outlier, noise in rows.tolist()
-    ]
+    launch(
+        _outliers_kernel, count, flat_base, table, given, partial, count, len(flat), block=SUMMED
+    )
+    others = (largest, zeros.sum(-1), *partial.sum(-1).unbind(-1))
+    return gather(count, mean, variance, limits, *others)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from resm_kernels.ops.delta_stats.stats import DeltaStats, thresholds
+from resm_kernels.ops.delta_stats.stats import DeltaStats, combine, gather, thresholds
 from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype, scratch
 
 
@@ -31,47 +31,34 @@ def delta_stats(
     buffers = [scratch(count, base, dtype) for _ in range(2)]
     wide_buffer = scratch(count, base, torch.float64)
 
-    def magnitudes() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        for piece in chunks(count, chunk_on(base.device.type)):
+    size = chunk_on(base.device.type)
+
+    def magnitudes() -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        for place, piece in enumerate(chunks(count, size)):
             origin, a = (buffer[: piece.stop - piece.start] for buffer in buffers)
             origin.copy_(base[piece])
             for t, expert in enumerate(flat):
-                yield t, a.copy_(expert[piece]).sub_(origin).abs_(), wide_buffer[: a.numel()]
+                yield place, t, a.copy_(expert[piece]).sub_(origin).abs_(), wide_buffer[: len(a)]
 
-    sums = torch.zeros(4, len(flat), dtype=torch.float64, device=base.device)
-    abs_sums, square_sums, outlier_mass, largest = sums
-    counts = torch.zeros(3, len(flat), dtype=torch.int64, device=base.device)
-    nonzero, outliers, sparse = counts
-    for t, a, wide in magnitudes():
-        wide.copy_(a)
-        abs_sums[t] += wide.sum()
-        square_sums[t] += torch.dot(wide, wide)
-        nonzero[t] += a.count_nonzero()
-        largest[t] = torch.maximum(largest[t], a.amax())
+    blocks = torch.empty(4, len(flat), -(-count // size), dtype=torch.float64, device=base.device)
+    for place, t, a, wide in magnitudes():
+        total = wide.copy_(a).sum()
+        wide.sub_(total / len(wide))
+        found = (total, torch.dot(wide, wide), a.amax(), a.count_nonzero())
+        for moment, value in zip(blocks, found, strict=True):
+            moment[t, place] = value
 
-    mean = abs_sums / max(count, 1)
-    variance = (square_sums / max(count, 1) - mean * mean).clamp_min_(0.0)
-    limits = thresholds(mean, variance, sigma, noise_floor, dtype).tolist()
-    for t, a, wide in magnitudes():
-        threshold, floor = limits[t]
+    totals, squares, maxima, nonzero = blocks
+    mean, variance = combine(count, size, totals, squares)
+    limits = thresholds(mean, variance, sigma, noise_floor, dtype)
+    mass, outliers, sparse = torch.zeros(3, len(flat), dtype=torch.float64, device=base.device)
+    numbers = limits.tolist()
+    for _, t, a, wide in magnitudes():
+        threshold, floor = numbers[t]
         sparse[t] += (a <= floor).count_nonzero()
         above = torch.nn.functional.threshold(a, threshold, 0.0, inplace=True)
         outliers[t] += above.count_nonzero()
-        outlier_mass[t] += wide.copy_(above).sum()
-    return [
-        DeltaStats(
-            count=count,
-            abs_sum=abs_sum,
-            square_sum=square_sum,
-            largest=most,
-            zero_count=count - changed,
-            threshold=threshold,
-            outlier_mass=mass,
-            outlier_count=outlier,
-            floor=floor,
-            sparse_count=noise,
-        )
-        for (abs_sum, square_sum, mass, most), (changed, outlier, noise), (threshold, floor) in zip(
-            sums.T.tolist(), counts.T.tolist(), limits, strict=True
-        )
-    ]
+        mass[t] += wide.copy_(above).sum()
+    largest = maxima.amax(-1) if count else mass
+    zeros = count - nonzero.sum(-1)
+    return gather(count, mean, variance, limits, largest, zeros, mass, outliers, sparse)

@@ -37,6 +37,21 @@ class DeltaStats:
         return self.sparse_count / self.count if self.count else 0.0
 
 
+def combine(
+    count: int, block: int, totals: torch.Tensor, squares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of A from its blocks: float64 [T, blocks] -> two of [T].
+
+    `totals` are the blocks' sums, `squares` their sums of squares about their own means: nothing
+    cancels where A is nearly constant. All blocks but the last have `block` entries.
+    """
+    entries = torch.full_like(totals[0], block)
+    entries[-1:] = count - (len(entries) - 1) * block
+    mean = totals.sum(-1) / max(count, 1)
+    between = entries * (totals / entries - mean[:, None]).square()
+    return mean, (squares + between).sum(-1) / max(count, 1)
+
+
 def thresholds(
     mean: torch.Tensor,
     variance: torch.Tensor,
@@ -51,3 +66,34 @@ def thresholds(
     rms = (variance + mean * mean).sqrt()
     limits = torch.stack((mean + sigma * variance.sqrt(), noise_floor * rms), dim=-1)
     return limits.clamp_max(torch.finfo(dtype).max)
+
+
+def gather(
+    count: int,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    limits: torch.Tensor,
+    *others: torch.Tensor,
+) -> list[DeltaStats]:
+    """The statistics of all experts from [T] tensors, with one synchronisation.
+
+    `others`: largest magnitude, zeros, mass of the outliers, their number, sparse entries.
+    """
+    sums = (count * mean, count * (variance + mean * mean), *limits.unbind(-1), *others)
+    return [
+        DeltaStats(
+            count=count,
+            abs_sum=abs_sum,
+            square_sum=square_sum,
+            largest=largest,
+            zero_count=int(zeros),
+            threshold=threshold,
+            outlier_mass=mass,
+            outlier_count=int(outliers),
+            floor=floor,
+            sparse_count=int(sparse),
+        )
+        for abs_sum, square_sum, threshold, floor, largest, zeros, mass, outliers, sparse in (
+            torch.stack(sums, dim=-1).tolist()
+        )
+    ]

@@ -86,13 +86,17 @@ WIDE = ("sm_90", "sm_100", "sm_103")
 """Architectures whose tensor cores read operands from shared memory: more registers are free."""
 
 
-def tile(rows: int, columns: int, precision: Precision, arch: str) -> Tile:
-    """The tile for a shape, a precision and an architecture, without spilled registers."""
-    if triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < FULL:
+def tile(rows: int, columns: int, precision: Precision, arch: str, *, even: bool) -> Tile:
+    """The tile for a shape, a precision and an architecture; none spills registers.
+
+    `even`: rows of the base and of the outputs begin at 16-byte boundaries.
+    """
+    few = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < FULL
+    if few or not (even or arch in WIDE):
         return SMALL
     if arch.startswith("gfx"):
         return Tile(128, 128, 8, 2)
-    if precision == "ieee" or (precision == "tf32x3" and arch not in WIDE):
+    if not even or precision == "ieee" or (precision == "tf32x3" and arch not in WIDE):
         return Tile(128, 64, 8, 3)
     return Tile(128, 128, 8, 3)
 
@@ -123,9 +127,10 @@ def add_low_rank(
     rows, columns = base.shape
     arch = architecture(base.device)
     precision = supported(precision, arch)
-    cut = tile(rows, columns, precision, arch)
     if base.stride(1) != 1 or base.data_ptr() % ALIGNMENT:
         base = base.clone(memory_format=torch.contiguous_format)
+    even = columns % 16 == 0 and base.stride(0) % 16 == 0
+    cut = tile(rows, columns, precision, arch, even=even)
     left, right = _factor(left, values), _factor(right, None)
     outs = [torch.empty(rows, columns, dtype=out_dtype, device=base.device) for _ in scales]
     _low_rank_kernel[(triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns),)](
@@ -133,7 +138,7 @@ def add_low_rank(
         table(scales, torch.float32, base.device),
         *(rows, columns, left.shape[1], base.stride(0), len(outs)),
         PRECISION=precision,
-        EVEN=columns % 16 == 0 and base.stride(0) % 16 == 0,
+        EVEN=even,
         GROUP=GROUP,
         BLOCK_M=cut.rows,
         BLOCK_N=cut.columns,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from resm_kernels.ops.elementwise import BLOCK, before, block_of, expert_of, launch, load
+from resm_kernels.ops.elementwise import SUMMED, before, block_of, expert_of, launch, load
 from resm_kernels.ops.launch import addresses, flat_inputs, table
 from resm_kernels.ops.mask.mask import Mask
 
@@ -226,7 +226,7 @@ def trim(
     for high, low in DIGITS:
         histogram = torch.zeros(len(flat), BINS, dtype=torch.int64, device=device)
         given = (flat_base, experts_table, prefix, histogram, count, len(flat), high, low)
-        launch(_digits_kernel, count, *given, BINS=BINS)
+        launch(_digits_kernel, count, *given, BINS=BINS, block=SUMMED)
         falling = histogram.flip(-1)
         above = falling.cumsum(-1)
         place = (above < need).sum(-1, keepdim=True)
@@ -246,11 +246,11 @@ def trim(
 def _cut(base: torch.Tensor, expert: torch.Tensor, threshold: torch.Tensor, need: int) -> int:
     """One past the flat index of the `need`-th entry of this magnitude."""
     count = base.numel()
-    ties = torch.empty(triton.cdiv(count, BLOCK), dtype=torch.int32, device=base.device)
-    launch(_ties_kernel, count, base, expert, threshold, ties, count)
+    ties = torch.empty(triton.cdiv(count, SUMMED), dtype=torch.int32, device=base.device)
+    launch(_ties_kernel, count, base, expert, threshold, ties, count, block=SUMMED)
     upto = ties.cumsum(0)
     block = int((upto < need).sum())
-    piece = slice(block * BLOCK, min((block + 1) * BLOCK, count))
+    piece = slice(block * SUMMED, min((block + 1) * SUMMED, count))
     tied = (expert[piece].float() - base[piece].float()).abs() == threshold
     place = need - int(upto[block] - ties[block]) - 1
     return piece.start + int(tied.nonzero()[place]) + 1
