@@ -48,9 +48,17 @@ def diagnose() -> dict[str, Any]:
         "runs_on": {
             "merging": "cpu unless --device says otherwise; not yet measured on a GPU",
             "factorisations": "torch.linalg in float64, where merging runs",
-            "element-wise operations": "torch, where merging runs",
+            "element-wise operations": _kernels(),
         },
     }
+
+
+def _kernels() -> str:
+    from resm_kernels.ops.launch import triton_version
+
+    if (version := triton_version()) is None:
+        return "torch on the CPU; also on a GPU, since triton is not installed"
+    return f"torch on the CPU, kernels by triton {version} on a GPU; not yet measured on one"
 
 
 def _version(package: str) -> str | None:

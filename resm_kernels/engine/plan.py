@@ -24,6 +24,7 @@ from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.methods import METHODS
 from resm_kernels.methods.arithmetic import chunk_workspace
+from resm_kernels.ops.launch import triton_version
 from resm_kernels.recipe import Recipe, layer_positions
 
 NUMERICS = 3
@@ -291,6 +292,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         "numpy": importlib.metadata.version("numpy"),
         "scipy": importlib.metadata.version("scipy"),
         "device": device.type,
+        "triton": triton_version() if device.type == "cuda" else None,
         "threads": options.threads,
         "recipe": recipe.to_dict(),
         "arithmetic": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",

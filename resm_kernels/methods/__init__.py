@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,6 +15,7 @@ from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_del
 from resm_kernels.methods.base import Merged, Method, Option, matches
 from resm_kernels.methods.spectral import ISO_C, RESM, TSVM
 from resm_kernels.ops.dtypes import full_float32
+from resm_kernels.ops.launch import on_kernels
 
 __all__ = ["METHODS", "Merged", "Method", "Option", "find_method", "matches", "merge_weight"]
 
@@ -68,7 +70,7 @@ def merge_weight(
     where = f"tensor {name!r} {list(base.shape)}"
     try:
         with full_float32:
-            return method.merge(base, experts, weights, options, out_dtype)
+            merged = method.merge(base, experts, weights, options, out_dtype)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
     except (MemoryError, RuntimeError) as error:
@@ -78,3 +80,8 @@ def merge_weight(
                 fix="fewer workers, or a smaller memory budget",
             ) from error
         raise
+    if not base.is_cuda:
+        return merged
+    if on_kernels((base, *experts), out_dtype):
+        return replace(merged, backends=(*merged.backends, "triton"))
+    return replace(merged, notes=(*merged.notes, "plain torch: no Triton kernels here"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.util
+import importlib.metadata
 from collections.abc import Iterable, Sequence
 
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels read and write; float64 stays with plain torch."""
+DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
+"""Names under which torch's builds bring triton."""
 OLDEST = (8, 0)
 """First compute capability with bf16 and TF32."""
 ALIGNMENT = 16
@@ -22,15 +25,18 @@ def on_kernels(tensors: Iterable[torch.Tensor], *dtypes: torch.dtype) -> bool:
     return (
         all(tensor.is_cuda and tensor.numel() for tensor in tensors)
         and all(dtype in DTYPES for dtype in (*dtypes, *(tensor.dtype for tensor in tensors)))
-        and has_triton()
+        and triton_version() is not None
         and torch.cuda.get_device_capability(tensors[0].device) >= OLDEST
     )
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether triton can be imported, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+def triton_version() -> str | None:
+    """The version of the triton that is installed, or None."""
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def architecture(device: torch.device) -> str:

@@ -27,38 +27,49 @@ def delta_stats(
     """
     dtype = compute_dtype((base, *experts))
     base, flat = base.reshape(-1), [expert.reshape(-1) for expert in experts]
-    count = base.numel()
-    buffers = [scratch(count, base, dtype) for _ in range(2)]
+    count, size = base.numel(), chunk_on(base.device.type)
+    buffers = [scratch(count, base, dtype) for _ in range(3)]
     wide_buffer = scratch(count, base, torch.float64)
 
-    size = chunk_on(base.device.type)
-
-    def magnitudes() -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    def magnitudes() -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
         for place, piece in enumerate(chunks(count, size)):
-            origin, a = (buffer[: piece.stop - piece.start] for buffer in buffers)
+            origin, a, part = (buffer[: piece.stop - piece.start] for buffer in buffers)
             origin.copy_(base[piece])
             for t, expert in enumerate(flat):
-                yield place, t, a.copy_(expert[piece]).sub_(origin).abs_(), wide_buffer[: len(a)]
+                a.copy_(expert[piece]).sub_(origin).abs_()
+                yield place, t, a, part, wide_buffer[: len(a)]
 
     blocks = torch.empty(4, len(flat), -(-count // size), dtype=torch.float64, device=base.device)
-    for place, t, a, wide in magnitudes():
+    totals, squares, maxima, changed = blocks
+    for place, t, a, part, wide in magnitudes():
         total = wide.copy_(a).sum()
         wide.sub_(total / len(wide))
-        found = (total, torch.dot(wide, wide), a.amax(), a.count_nonzero())
-        for moment, value in zip(blocks, found, strict=True):
-            moment[t, place] = value
+        totals[t, place], squares[t, place] = total, torch.dot(wide, wide)
+        maxima[t, place], changed[t, place] = a.amax(), _nonzero(a, part)
 
-    totals, squares, maxima, nonzero = blocks
     mean, variance = combine(count, size, totals, squares)
     limits = thresholds(mean, variance, sigma, noise_floor, dtype)
-    mass, outliers, sparse = torch.zeros(3, len(flat), dtype=torch.float64, device=base.device)
+    mass, outliers, dense = torch.zeros(3, len(flat), dtype=torch.float64, device=base.device)
     numbers = limits.tolist()
-    for _, t, a, wide in magnitudes():
+    for _, t, a, part, wide in magnitudes():
         threshold, floor = numbers[t]
-        sparse[t] += (a <= floor).count_nonzero()
-        above = torch.nn.functional.threshold(a, threshold, 0.0, inplace=True)
-        outliers[t] += above.count_nonzero()
-        mass[t] += wide.copy_(above).sum()
+        # In place, the lower limit first: what it leaves is all that the higher one needs.
+        if floor <= threshold:
+            dense[t] += _nonzero(_cut(a, floor), part)
+        outliers[t] += _nonzero(_cut(a, threshold), part)
+        mass[t] += wide.copy_(a).sum()
+        if floor > threshold:
+            dense[t] += _nonzero(_cut(a, floor), part)
     largest = maxima.amax(-1) if count else mass
-    zeros = count - nonzero.sum(-1)
-    return gather(count, mean, variance, limits, largest, zeros, mass, outliers, sparse)
+    zeros = count - changed.sum(-1)
+    return gather(count, mean, variance, limits, largest, zeros, mass, outliers, count - dense)
+
+
+def _cut(magnitudes: torch.Tensor, limit: float) -> torch.Tensor:
+    """What is at or below the limit becomes zero, in place."""
+    return torch.nn.functional.threshold(magnitudes, limit, 0.0, inplace=True)
+
+
+def _nonzero(magnitudes: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Their number: a sum of signs is exact in a chunk, and three times as fast as a count."""
+    return torch.sign(magnitudes, out=part).sum()

@@ -82,8 +82,8 @@ class Tile:
 SMALL = Tile(64, 64, 4, 3)
 FULL = 128
 """Tiles of 128 x 128 that keep the processors of a large GPU busy; fewer are cut smaller."""
-WIDE = ("sm_90", "sm_100", "sm_103")
-"""Architectures whose tensor cores read operands from shared memory: more registers are free."""
+WIDE = "sm_90"
+"""Its tensor cores read operands from shared memory: registers are free for a larger tile."""
 
 
 def tile(rows: int, columns: int, precision: Precision, arch: str, *, even: bool) -> Tile:
@@ -92,13 +92,11 @@ def tile(rows: int, columns: int, precision: Precision, arch: str, *, even: bool
     `even`: rows of the base and of the outputs begin at 16-byte boundaries.
     """
     few = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < FULL
-    if few or not (even or arch in WIDE):
+    if few or not (even or arch == WIDE):
         return SMALL
     if arch.startswith("gfx"):
         return Tile(128, 128, 8, 2)
-    if not even or precision == "ieee" or (precision == "tf32x3" and arch not in WIDE):
-        return Tile(128, 64, 8, 3)
-    return Tile(128, 128, 8, 3)
+    return Tile(128, 128 if arch == WIDE and even and precision != "ieee" else 64, 8, 3)
 
 
 def supported(precision: Precision, arch: str) -> Precision:

@@ -81,9 +81,10 @@ def _mask_kernel(
     expert = load(expert_ptr + first, lanes, inside)
     kept = masked(expert - base, first, lanes, floats_ptr, ints_ptr, DROP, BLOCK)
     out = kept.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + first + lanes, out, mask=inside)
     if SPLIT:
-        tl.store(low_ptr + first + lanes, (kept - out.to(tl.float32)).to(tl.bfloat16), mask=inside)
+        low = (kept - out.to(tl.float32)).to(tl.bfloat16)
+        tl.store(low_ptr + first + lanes, low, mask=inside)
+    tl.store(out_ptr + first + lanes, out, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "experts", "high", "low"])
