@@ -50,10 +50,13 @@ def companion_files(base: Checkpoint, out_dtype: str | None) -> dict[str, bytes]
         files["config.json"] = raw
     patterns = [*PATTERNS, *(["*.py"] if "auto_map" in base.config else [])]
     found = [base.folder / name for name in NAMES]
-    found += [path for pattern in patterns for path in sorted(base.folder.glob(pattern))]
+    try:
+        found += [path for pattern in patterns for path in sorted(base.folder.glob(pattern))]
+        found = [path for path in found if path.is_file()]
+    except OSError as error:
+        raise CheckpointError(f"{base.folder}: cannot be read: {error.strerror}") from error
     for path in found:
-        if path.is_file():
-            files[path.relative_to(base.folder).as_posix()] = _read(path)
+        files[path.relative_to(base.folder).as_posix()] = _read(path)
     return files
 
 

@@ -38,12 +38,15 @@ def open_regular(path: Path) -> BinaryIO:
     Buffered, since only then does `read(n)` go on until it has n bytes or the file ends.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            kind = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "Not a regular file"
+            raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, kind, str(path))
+        return open(descriptor, "rb")
+    except OSError:
         os.close(descriptor)
-        kind = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "Not a regular file"
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, kind, str(path))
-    return open(descriptor, "rb")
+        raise
 
 
 def create(path: Path, flags: int = 0) -> int:

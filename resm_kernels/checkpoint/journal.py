@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -103,7 +104,8 @@ class OutputFolder:
         self._created = False
         try:
             self._take_lock()
-            self._open_journal()
+            with writing(self.path):
+                self._open_journal()
         except BaseException:
             self.close()
             raise
@@ -154,8 +156,7 @@ class OutputFolder:
             os.ftruncate(self._journal, len(kept_bytes))
         if not lines:
             self._append({"plan_id": self._plan_id})
-            with writing(self.path):
-                sync_folder(self.path)
+            sync_folder(self.path)
         self.kept = {line["shard"]: line for line in lines[1:]}
 
     def _has_manifest(self) -> bool:
@@ -195,7 +196,10 @@ class OutputFolder:
 
     def verify_kept(self, layouts: Iterable[ShardLayout]) -> None:
         """Read every kept shard again; one that no longer matches is refused by name."""
-        by_name = {layout.name: layout for layout in layouts}
+        with writing(self.path):
+            self._verify_kept({layout.name: layout for layout in layouts})
+
+    def _verify_kept(self, by_name: Mapping[str, ShardLayout]) -> None:
         for name, entry in list(self.kept.items()):
             path = self.path / name
             slots = {slot.name for slot in by_name[name].slots} if name in by_name else set()
@@ -260,6 +264,7 @@ class OutputFolder:
         """Let go of the lock and the journal; harmless when called again."""
         for name in ("_journal", "_lock"):
             descriptor = getattr(self, name)
+            setattr(self, name, -1)
             if descriptor >= 0:
-                os.close(descriptor)
-                setattr(self, name, -1)
+                with contextlib.suppress(OSError):  # every line was synced when it was written
+                    os.close(descriptor)

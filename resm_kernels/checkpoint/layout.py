@@ -40,7 +40,11 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: its file, and for safetensors its bytes [start, stop) there."""
+    """Where one tensor lies: bytes [start, stop) of its file.
+
+    `strides` (in elements) is None where the data are row-major, as they always are in
+    safetensors.
+    """
 
     name: str
     dtype: DType
@@ -48,6 +52,7 @@ class TensorInfo:
     file: Path
     start: int
     stop: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
-import threading
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from resm_kernels.checkpoint.dtypes import BY_TORCH
 from resm_kernels.checkpoint.files import PIECE, open_regular
 from resm_kernels.checkpoint.hub import ModelReference, locate
 from resm_kernels.checkpoint.layout import (
@@ -26,6 +20,7 @@ from resm_kernels.checkpoint.layout import (
     read_json,
     read_safetensors_header,
 )
+from resm_kernels.checkpoint.torch_file import read_torch_header
 from resm_kernels.errors import CheckpointError
 
 
@@ -106,68 +101,7 @@ def _entry_file(folder: Path) -> Path:
 def _read_file(path: Path) -> WeightFile:
     if path.suffix == ".safetensors":
         return read_safetensors_header(path)
-    return _read_torch_file(path)
-
-
-def _read_torch_file(path: Path) -> WeightFile:
-    with open_regular(path) as file:
-        stamp = FileStamp.of(os.fstat(file.fileno()))
-    tensors, lines = {}, []
-    for name, tensor in load_torch_file(path).items():
-        dtype = BY_TORCH.get(tensor.dtype)
-        if dtype is None:
-            raise CheckpointError(f"{path}: tensor {name!r}: unsupported dtype {tensor.dtype}")
-        if name == "__metadata__" or not _is_text(name):
-            raise CheckpointError(f"{path}: tensor {name!r}: not a name that safetensors can hold")
-        shape = tuple(tensor.shape)
-        tensors[name] = TensorInfo(name, dtype, shape, path, 0, 0)
-        lines.append(f"{name} {dtype.name} {shape}")
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return WeightFile(path, "torch", tensors, {}, digest, stamp)
-
-
-def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
-    """Map a `.bin` file's tensors into memory by torch's weights-only loader; no code runs."""
-    fix = "convert it to safetensors with the library that wrote it"
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path}: not a torch file of the zip format (torch 1.6 and newer)", fix=fix
-        )
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds pickled objects other than tensors; they are never loaded", fix=fix
-        ) from error
-    except Exception as error:  # torch's unpickler raises nearly anything on damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{path}: not a readable torch file: {reason}", fix=fix) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: not a flat state dict", got=type(state).__name__, fix=fix)
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{path}: not a flat state dict",
-                got=f"{name!r}: {type(value).__name__}",
-                expected="names and dense tensors",
-                fix=fix,
-            )
-        if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is not dense",
-                got=f"{value.layout} on {value.device}",
-                expected="dense tensors in memory",
-                fix=fix,
-            )
-    return {name: value.detach() for name, value in state.items()}
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return read_torch_header(path)
 
 
 def _aliases(file: WeightFile) -> dict[str, str]:
@@ -176,9 +110,9 @@ def _aliases(file: WeightFile) -> dict[str, str]:
         return {a: k for a, k in file.metadata.items() if a not in file.tensors}
     first: dict[tuple[object, ...], str] = {}
     aliases = {}
-    for name, tensor in load_torch_file(file.path).items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and first.setdefault(key, name) != name:
+    for name, info in file.tensors.items():
+        key = (info.start, info.shape, info.strides, info.dtype)
+        if info.nbytes and first.setdefault(key, name) != name:
             aliases[name] = first[key]
     return aliases
 
@@ -186,53 +120,66 @@ def _aliases(file: WeightFile) -> dict[str, str]:
 class TensorReader:
     """Reads whole tensors; safe to call from several threads.
 
-    Every read opens the file anew and compares its stamp with the plan's, so that a file that
-    was replaced or truncated during a merge is an error, never a wrong result or a SIGBUS
-    (`.bin` files are mapped by torch and are only checked, not protected).
+    Every read opens the file anew and compares its stamp with the plan's, and nothing is mapped,
+    so that a file that was replaced or truncated during a merge is an error, never a wrong result
+    or a SIGBUS.
     """
 
-    def __init__(self) -> None:
-        self._torch_files: dict[Path, Mapping[str, torch.Tensor]] = {}
-        self._lock = threading.Lock()
-
     def read(self, file: WeightFile, info: TensorInfo) -> torch.Tensor:
-        """Return a tensor in memory of its own, in its stored dtype and shape."""
-        if file.format == "torch":
-            return self._read_torch(file, info)
+        """Return a tensor in memory of its own, row-major, in its stored dtype and shape."""
         data = torch.empty(info.nbytes, dtype=torch.uint8)
-        view = data.numpy().data
-        where = f"{info.file}: tensor {info.name!r}"
+        tensor = data.view(info.dtype.torch).reshape(info.shape)
         try:
             with open_regular(info.file) as opened:
-                descriptor = opened.fileno()
-                check_stamp(file, os.fstat(descriptor))
-                done = 0
-                while done < info.nbytes:
-                    piece = view[done : done + PIECE]
-                    count = os.preadv(descriptor, [piece], info.start + done)
-                    if count == 0:
-                        raise CheckpointError(
-                            f"{where}: the file ended early",
-                            got=f"{done} of {info.nbytes} bytes",
-                            fix="the file was truncated during the merge: restore it, then resume",
-                        )
-                    done += count
+                check_stamp(file, os.fstat(opened.fileno()))
+                if info.strides is None:
+                    _fill(opened.fileno(), data, info.start, info)
+                else:
+                    _gather(opened.fileno(), tensor, info.start, info.strides, info)
         except OSError as error:
-            raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
-        return data.view(info.dtype.torch).reshape(info.shape)
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r}: cannot be read: {error.strerror}"
+            ) from error
+        return tensor
 
-    def _read_torch(self, file: WeightFile, info: TensorInfo) -> torch.Tensor:
-        with self._lock:
-            if file.path not in self._torch_files:
-                self._torch_files[file.path] = load_torch_file(file.path)
-            tensor = self._torch_files[file.path][info.name]
-        check_stamp(file, os.stat(file.path))
-        return tensor.clone(memory_format=torch.contiguous_format)
+
+def _fill(descriptor: int, data: torch.Tensor, start: int, info: TensorInfo) -> None:
+    """Read bytes [start, start + len(data)) of a file."""
+    view = data.numpy().data
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done : done + PIECE]], start + done)
+        if count == 0:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r}: the file ended early",
+                got=f"{start + done - info.start} of {info.stop - info.start} bytes",
+                fix="the file was truncated during the merge: restore it, then resume",
+            )
+        done += count
+
+
+def _gather(
+    descriptor: int, out: torch.Tensor, start: int, strides: tuple[int, ...], info: TensorInfo
+) -> None:
+    """Read strided data, halved until the bytes that one part spans are a piece."""
+    size = out.element_size()
+    reach = [(n - 1) * s for n, s in zip(out.shape, strides, strict=True)]
+    span = (1 + sum(reach)) * size if out.numel() else 0
+    if span <= PIECE or out.numel() == 1:
+        data = torch.empty(span, dtype=torch.uint8)
+        _fill(descriptor, data, start, info)
+        out.copy_(data.view(out.dtype).as_strided(out.shape, strides))
+        return
+    axis = reach.index(max(reach))
+    half = out.shape[axis] // 2
+    rest = start + half * strides[axis] * size
+    _gather(descriptor, out.narrow(axis, 0, half), start, strides, info)
+    _gather(descriptor, out.narrow(axis, half, out.shape[axis] - half), rest, strides, info)
 
 
 def same_data(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, TensorInfo]) -> bool:
     """Whether two tensors of one dtype and shape hold the same bytes, read piece by piece."""
-    if "torch" in (first[0].format, second[0].format):
+    if first[1].strides or second[1].strides:
         reader = TensorReader()
         return bool(torch.equal(reader.read(*first), reader.read(*second)))
     with open_regular(first[1].file) as a, open_regular(second[1].file) as b:

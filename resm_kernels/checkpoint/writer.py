@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -162,9 +163,10 @@ class ShardFile:
 
     def close(self) -> None:
         """Let go of the file; harmless when called again."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # what counts was synced, and is read back
+                os.close(descriptor)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -1,0 +1,202 @@
+"""`.bin` files are read by offset: the numbers that torch would load, and never through a map."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import resm_kernels
+from resm_kernels.checkpoint import reader, torch_file
+from resm_kernels.checkpoint.hub import ModelReference
+from resm_kernels.checkpoint.layout import Checkpoint
+from resm_kernels.checkpoint.reader import TensorReader, open_checkpoint
+from resm_kernels.checkpoint.torch_file import MAX_RECORD
+from resm_kernels.errors import CheckpointError
+from tests.checkpoints import fine_tuned, make_state, save
+from tests.faults import in_child
+
+BIG = torch.arange(6 * 50 * 70).reshape(6, 50, 70).float()
+VIEWS = {
+    "row-major": BIG,
+    "transposed": BIG.transpose(0, 2),
+    "slice": BIG[1:5, 3::7, 2:60],
+    "column": BIG[:, :, 3],
+    "expanded": BIG[0, :1].expand(30, 70),
+    "overlapping": BIG.view(-1).as_strided((40, 9), (3, 2), 5),
+    "empty": BIG[:, :0],
+    "scalar": BIG[3, 4, 5],
+    "parameter": torch.nn.Parameter(BIG[2]),
+    "half": BIG.bfloat16().mT,
+    "integers": torch.arange(9)[::2],
+}
+
+
+def written(folder: Path, content: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    torch.save(content, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
+
+
+def opened(folder: Path) -> Checkpoint:
+    return open_checkpoint(ModelReference(str(folder)))
+
+
+@pytest.mark.parametrize("piece", [64, 4096, 1 << 20])
+def test_every_view_is_what_torch_loads(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "PIECE", piece)
+    expected = torch.load(written(tmp_path, VIEWS), weights_only=True)
+    checkpoint = opened(tmp_path)
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, info in checkpoint.tensors.items():
+        found = TensorReader().read(checkpoint.files[0], info)
+        assert (found.dtype, found.shape) == (expected[name].dtype, expected[name].shape)
+        assert found.is_contiguous()
+        assert torch.equal(found, expected[name])
+
+
+def test_a_small_view_of_a_large_storage_reads_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, {"w": torch.zeros(1 << 22)[:: 1 << 16]})
+    read = 0
+    original = os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal read
+        read += len(buffers[0])
+        return original(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(reader, "PIECE", 4096)
+    checkpoint = opened(tmp_path)
+    assert TensorReader().read(checkpoint.files[0], checkpoint.tensors["w"]).shape == (64,)
+    assert read == 64 * 4
+
+
+def _merge_truncated(base: Path, expert: Path, output: Path) -> None:
+    """Truncate the expert between the check of its stamp and the reading, every time."""
+    check = reader.check_stamp
+
+    def check_and_truncate(file: reader.WeightFile, status: os.stat_result) -> None:
+        check(file, status)
+        if file.path.suffix == ".bin":
+            os.truncate(file.path, 4096)
+
+    reader.check_stamp = check_and_truncate
+    try:
+        resm_kernels.merge(base, [expert], output, workers=1)
+    except CheckpointError as error:
+        told = "pytorch_model.bin: tensor 'w': the file ended early" in str(error)
+        os._exit(42 if told else 1)
+
+
+def test_a_bin_truncated_during_the_merge_is_an_error_not_a_sigbus(tmp_path: Path) -> None:
+    state = {"w": torch.randn(64, 64)}
+    base = save(tmp_path / "base", state)
+    expert = written(tmp_path / "expert", fine_tuned(state, 1)).parent
+    assert in_child(_merge_truncated, base, expert, tmp_path / "out") == 42
+    assert not list(tmp_path.glob("out*"))
+
+
+def rewritten(change: Callable[[str, bytes], bytes | None], **options: int) -> bytes:
+    """A small state dict in a zip file whose records were changed or dropped."""
+    source = io.BytesIO()
+    torch.save({"w": torch.ones(4, 4), "v": torch.ones(3)}, source)
+    target = io.BytesIO()
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
+        for name in old.namelist():
+            content = change(name.partition("/")[2], old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+    return target.getvalue()
+
+
+def replaced(record: str, content: bytes | None) -> bytes:
+    return rewritten(lambda name, old: content if name == record else old)
+
+
+def appended(record: str) -> bytes:
+    file = io.BytesIO(rewritten(lambda _, old: old))
+    with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        archive.writestr(archive.namelist()[0].partition("/")[0] + record, b"")
+    return file.getvalue()
+
+
+BROKEN = {
+    "compressed": (rewritten(lambda _, old: old, compression=zipfile.ZIP_DEFLATED), "compressed"),
+    "short storage": (replaced("data/0", b"x"), r"storage '0' of 16 torch.float32 has 1 bytes"),
+    "no storage": (replaced("data/1", None), "data/1"),
+    "no pickle": (replaced("data.pkl", None), "data.pkl"),
+    "long pickle": (replaced("data.pkl", bytes(MAX_RECORD + 1)), f"data.pkl of {MAX_RECORD + 1}"),
+    "big-endian": (replaced("byteorder", b"big"), "not little-endian"),
+    "TorchScript": (appended("/constants.pkl"), "a TorchScript archive"),
+    "a record twice": (appended("/data.pkl"), "stands twice"),
+}
+
+
+def test_an_archive_of_another_writer_is_read(tmp_path: Path) -> None:
+    """The broken ones below are made in the same way."""
+    (tmp_path / "pytorch_model.bin").write_bytes(rewritten(lambda _, old: old))
+    assert opened(tmp_path).tensors.keys() == {"w", "v"}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_archive_is_one_error(case: str, tmp_path: Path) -> None:
+    content, message = BROKEN[case]
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        opened(tmp_path)
+    assert "pytorch_model.bin" in str(caught.value)
+
+
+def test_a_directory_longer_than_any_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_file, "MAX_RECORD", 100)
+    written(tmp_path, {"w": torch.ones(4)})
+    with pytest.raises(CheckpointError, match="a zip directory of"):
+        opened(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage is depr")
+def test_quantised_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    written(tmp_path, {"w": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8)})
+    with pytest.raises(CheckpointError, match="tensor 'w' is not dense"):
+        opened(tmp_path)
+
+
+def test_a_view_past_its_storage_is_refused(tmp_path: Path) -> None:
+    """Sixteen rows where the pickle of four was: on meta storages torch would not notice."""
+    path = written(tmp_path, {"w": torch.ones(4, 4)})
+    raw = path.read_bytes()
+    shape = b"K\x00K\x04K\x04\x86"
+    assert raw.count(shape) == 1
+    path.write_bytes(raw.replace(shape, b"K\x00K\x10K\x04\x86"))
+    with pytest.raises(CheckpointError, match="'w' does not lie in its storage"):
+        opened(tmp_path)
+
+
+def test_negated_views_are_refused(tmp_path: Path) -> None:
+    """Their bytes are not their values."""
+    written(tmp_path, {"w": torch.ones(4, dtype=torch.complex64).conj().imag})
+    with pytest.raises(CheckpointError, match="tensor 'w' is not dense"):
+        opened(tmp_path)
+
+
+def test_a_refused_sparse_tensor_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    written(tmp_path, {"w": torch.eye(4).to_sparse()})
+    with pytest.raises(CheckpointError, match="'w' is not dense"):
+        opened(tmp_path)
+    state = make_state()
+    torch.save(state, tmp_path / "other.pt")
+    assert torch.load(tmp_path / "other.pt", weights_only=True).keys() == state.keys()
