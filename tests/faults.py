@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -231,35 +232,47 @@ def fault(scene: Scene, output: Path, kind: str, step: int) -> str | None:
     return message if fired else None
 
 
-def in_child(work: Callable[..., None], *arguments: object) -> int:
-    """Exit status of work done in a forked process; negative for a signal."""
+def in_child(work: Callable[..., None], *arguments: object, after: float = 60) -> int | None:
+    """Exit status of work in a forked process, killed after so many seconds; -9 for a kill."""
     process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     process.start()
-    process.join(60)
-    assert process.exitcode is not None, "the child hangs"
+    process.join(after)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        assert after < 60, "the child hangs"
     return process.exitcode
 
 
-def _merge_and_die(scene: Scene, output: Path, again: bool, step: int, after: bool) -> None:
+def _merge_and_die(scene: Scene, output: Path, step: int, after: bool) -> None:
     def deadly(number: int, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         if number != step:
             return call(*arguments)
-        if after:
-            call(*arguments)
+        with contextlib.suppress(OSError):
+            if after:
+                call(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with file_layer(deadly):
-        scene.merge(output, resume=again)
-    os._exit(77)
+        scene.merge(output, resume=partial_folder(output).exists())
+    os._exit(0)
 
 
-def killed(scene: Scene, output: Path, step: int, *, after: bool, again: bool = False) -> bool:
+def kill_at_call(scene: Scene, output: Path, step: int, *, after: bool) -> bool:
     """Kill a merge, as `kill -9` does, before or after its call of that number; whether it died.
 
     Afterwards the output is absent or complete.
     """
-    status = in_child(_merge_and_die, scene, output, again, step, after)
-    assert status in (77, -signal.SIGKILL)
+    return _judge(scene, output, in_child(_merge_and_die, scene, output, step, after))
+
+
+def kill_at_time(scene: Scene, output: Path, seconds: float) -> bool:
+    """Kill a merge after a time; whether it died. Afterwards the output is absent or complete."""
+    return _judge(scene, output, in_child(_merge_and_die, scene, output, 0, False, after=seconds))
+
+
+def _judge(scene: Scene, output: Path, status: int | None) -> bool:
+    assert status in (0, -signal.SIGKILL)
     if output.exists():
         scene.assert_whole(output)
-    return status != 77
+    return status != 0

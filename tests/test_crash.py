@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from resm_kernels.checkpoint.layout import read_safetensors_header
 from resm_kernels.engine import pipeline
 from resm_kernels.errors import OutputError, ResmError, VerificationError
 from tests.checkpoints import contents, save_family
+from tests.faults import Scene, kill_at_call, resume, small_scene
 
 SHARDS = "700B"
 REPORT = "resm_report.json"
@@ -32,6 +33,11 @@ def same_but_report(a: Path, b: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return small_scene(tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], Path]:
     """A base, its experts, and what an uninterrupted merge makes of them."""
     folder = tmp_path_factory.mktemp("family")
@@ -40,63 +46,28 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], 
     return base, experts, folder / "whole"
 
 
-CALLS = ("pwrite", "fsync", "rename", "mkdir", "write", "unlink", "posix_fallocate")
-"""What touches the disk on the way from nothing to a finished folder."""
+def test_killed_anywhere_a_merge_resumes_to_the_same_bytes(scene: Scene, tmp_path: Path) -> None:
+    """Twenty calls here; every call, and times at random, in `make torture`."""
+    points = [(step, after) for step in range(1, 58) for after in (False, True)]
+    kept, merged = 0, 0
+    for step, after in sorted(random.Random(0).sample(points, 20)):
+        output = tmp_path / f"out{step}{after}"
+        assert kill_at_call(scene, output, step, after=after)
+        if not output.exists():
+            done = resume(scene, output)
+            kept, merged = kept + done[0], merged + done[1]
+    assert kept > 0
+    assert merged > 0
 
 
-def _merge_and_die(base: Path, experts: list[Path], output: Path, step: int) -> None:
-    """Merge in this process and kill it, as `kill -9` does, just before system call `step`."""
-    count = 0
-    lock = threading.Lock()
-
-    def deadly(call: Callable[..., object]) -> Callable[..., object]:
-        def wrapped(*arguments: object, **options: object) -> object:
-            nonlocal count
-            with lock:
-                count += 1
-                if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **options)
-
-        return wrapped
-
-    for name in CALLS:
-        setattr(os, name, deadly(getattr(os, name)))
-    resm_kernels.merge(base, experts, output, shard_size=SHARDS)
-    os._exit(77)
-
-
-def in_child(work: Callable[..., None], *arguments: object) -> int | None:
-    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
-    process.start()
-    process.join(60)
-    assert process.exitcode is not None, "the child hangs"
-    return process.exitcode
-
-
-def test_killed_anywhere_a_merge_resumes_to_the_same_bytes(
-    family: tuple[Path, list[Path], Path], tmp_path: Path
-) -> None:
-    base, experts, whole = family
-    steps = sorted(random.Random(0).sample(range(1, 75), 20))
-    kept_at = []
-    for step in steps:
-        output = tmp_path / f"out{step}"
-        status = in_child(_merge_and_die, base, experts, output, step)
-        if status == 77:
-            assert same_but_report(output, whole)
-            continue
-        assert status == -signal.SIGKILL
-        if output.exists():
-            resm_kernels.verify(output)
-            assert same_but_report(output, whole)
-            continue
-        report = resm_kernels.merge(base, experts, output, shard_size=SHARDS, resume=True)
-        kept_at.append(report.kept_shards)
-        assert same_but_report(output, whole), f"killed before call {step}"
-        assert not output.with_name(output.name + ".partial").exists()
-    assert max(kept_at) >= 2, "no kill point left finished shards: the test proves nothing"
-    assert min(kept_at) == 0
+def test_killed_again_and_again_a_merge_ends(scene: Scene, tmp_path: Path) -> None:
+    """Every resumed run dies a call later than the one before it."""
+    for step in itertools.count(1):
+        kill_at_call(scene, tmp_path / "out", step, after=True)
+        if (tmp_path / "out").exists():
+            break
+    assert step > 10
+    scene.assert_whole(tmp_path / "out")
 
 
 def break_off_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,97 @@
+"""The long version of the crash tests: `make torture`. Prints what it did."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults import (
+    FAULTS,
+    Scene,
+    fault,
+    kill_at_call,
+    kill_at_time,
+    large_scene,
+    resume,
+    small_scene,
+)
+
+RANDOM_KILLS = 150
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return small_scene(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return large_scene(tmp_path_factory.mktemp("large"))
+
+
+@pytest.mark.timeout(1200)
+def test_killed_around_every_call(small: Scene, tmp_path: Path) -> None:
+    points = complete = kept = merged = 0
+    for step in itertools.count(1):
+        output = tmp_path / "out"
+        died = [False, False]
+        for after in (False, True):
+            died[after] = kill_at_call(small, output, step, after=after)
+            if output.exists():
+                complete += died[after]
+            else:
+                done = resume(small, output)
+                kept, merged = kept + done[0], merged + done[1]
+            shutil.rmtree(output)
+        points += sum(died)
+        if not any(died):
+            break
+    print(
+        f"\nkilled before and after each of {step - 1} calls: {points} points, {complete} left a "
+        f"complete output; the others' resumes kept {kept} tensors and merged {merged}"
+    )
+    assert points >= 100
+
+
+@pytest.mark.timeout(1800)
+def test_killed_at_random_times(large: Scene, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    assert not kill_at_time(large, tmp_path / "first", 60)
+    whole = time.perf_counter() - start
+    dice = random.Random(6)
+    points = runs = kept = merged = 0
+    while points < RANDOM_KILLS:
+        output = tmp_path / f"out{runs}"
+        runs += 1
+        while not output.exists() and kill_at_time(large, output, dice.uniform(0.05, whole)):
+            points += 1
+            if dice.random() < 0.5:
+                break
+        if not output.exists():
+            done = resume(large, output)
+            kept, merged = kept + done[0], merged + done[1]
+        large.assert_whole(output)
+        shutil.rmtree(output)
+    print(
+        f"\nkilled at {points} random times in {runs} merges of {whole:.2f} s, resumes included; "
+        f"last resumes kept {kept} tensors and merged {merged}"
+    )
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_in_every_call(kind: str, small: Scene, tmp_path: Path) -> None:
+    errors = 0
+    for step in itertools.count(1):
+        message = fault(small, tmp_path / "out", kind, step)
+        shutil.rmtree(tmp_path / "out")
+        if message is None:
+            break
+        errors += bool(message)
+    print(f"\n{kind}: in each of {step - 1} calls; {errors} merges ended with one clear error")
+    assert step > 12
