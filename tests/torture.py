@@ -20,8 +20,10 @@ from tests.faults import (
     resume,
     small_scene,
 )
+from tests.lossy import cut_power, record
 
 RANDOM_KILLS = 150
+POWER_CUTS = 9
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,22 @@ def test_killed_at_random_times(large: Scene, tmp_path: Path) -> None:
     print(
         f"\nkilled at {points} random times in {runs} merges of {whole:.2f} s, resumes included; "
         f"last resumes kept {kept} tensors and merged {merged}"
+    )
+
+
+@pytest.mark.timeout(1200)
+def test_power_cut_after_every_change(small: Scene, tmp_path: Path) -> None:
+    disk = record(small, tmp_path / "first")
+    dice = random.Random(7)
+    cuts = complete = 0
+    for events in range(len(disk.log) + 1):
+        for chance in (None, *[dice] * POWER_CUTS):
+            complete += cut_power(small, disk, events, tmp_path / "cut", chance)
+            shutil.rmtree(tmp_path / "cut")
+            cuts += 1
+    print(
+        f"\npower cut after each of {len(disk.log)} changes, {POWER_CUTS + 1} states each: "
+        f"{cuts} cuts, {complete} left a complete output, the others were resumed to it"
     )
 
 

@@ -238,14 +238,19 @@ class OutputFolder:
         self.kept[shard] = entry
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Write the small files, the manifest last, and rename the folder to its name."""
+        """Write the small files, the manifest last, and rename the folder to its name.
+
+        The manifest is durable before the journal goes: one of them must survive a power cut.
+        """
         for name, data in files.items():
             path = self.path / name
             with writing(path):
                 path.parent.mkdir(exist_ok=True)
                 if name == MANIFEST:
                     sync_folder(self.path)
-            write_file(path, data)
+                write_file(path, data)
+                if name == MANIFEST or path.parent != self.path:
+                    sync_folder(path.parent)
         with writing(self.output):
             (self.path / JOURNAL).unlink(missing_ok=True)
             sync_folder(self.path)
