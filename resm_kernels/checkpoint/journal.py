@@ -222,7 +222,7 @@ class OutputFolder:
                 fix="remove that file to have it merged again, then resume",
             )
         for leftover in self.path.glob("*.tmp"):
-            leftover.unlink()
+            os.unlink(leftover)
 
     def shard_done(
         self, shard: str, sha256: str, digests: Mapping[str, str], results: Mapping[str, Any]
@@ -245,14 +245,14 @@ class OutputFolder:
         for name, data in files.items():
             path = self.path / name
             with writing(path):
-                path.parent.mkdir(exist_ok=True)
+                os.makedirs(path.parent, exist_ok=True)
                 if name == MANIFEST:
                     sync_folder(self.path)
                 write_file(path, data)
                 if name == MANIFEST or path.parent != self.path:
                     sync_folder(path.parent)
         with writing(self.output):
-            (self.path / JOURNAL).unlink(missing_ok=True)
+            os.unlink(self.path / JOURNAL)
             sync_folder(self.path)
             os.rename(self.path, self.output)
             sync_folder(self.output.parent)

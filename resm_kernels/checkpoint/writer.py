@@ -119,7 +119,8 @@ class ShardFile:
         with writing(self._path):
             self._descriptor = create(self._temporary, os.O_TRUNC)
             try:
-                os.posix_fallocate(self._descriptor, 0, layout.size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._descriptor, 0, layout.size)
                 write_all(self._descriptor, layout.header, 0)
             except OSError:
                 os.close(self._descriptor)

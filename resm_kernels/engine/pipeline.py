@@ -113,6 +113,7 @@ def run_plan(
     report = _empty_report(plan, output)
     folder = OutputFolder(output, plan.plan_id)
     try:
+        check_output(output, plan.input_folders, resume=True)  # again, now that nobody else may
         if folder.finished and (earlier := _complete_report(folder)) is not None:
             folder.finish({})
             LOG.info("%s was complete but for its name", output)
