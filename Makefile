@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint kernels bench spectral chart gpu clean
+.PHONY: demo test torture lint kernels bench spectral chart gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -13,6 +13,10 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest
+
+# About five minutes: a process killed, a file layer failing, power cut, bytes flipped.
+torture: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -s --show-capture=no tests/torture.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ import resm_kernels
 from resm_kernels.checkpoint import files
 from resm_kernels.checkpoint.journal import JOURNAL, partial_folder
 from resm_kernels.engine import pipeline
-from resm_kernels.errors import ResmError
+from resm_kernels.errors import OutputError, ResmError
 from tests.checkpoints import contents, fine_tuned, make_state, save
 
 WRITES = ("mkdir", "posix_fallocate", "pwrite", "write", "ftruncate", "fsync", "rename", "unlink")
@@ -215,14 +216,14 @@ def fault(scene: Scene, output: Path, kind: str, step: int) -> str | None:
             return act(number, name, call, arguments)
         return call(*arguments)
 
-    before = scene.inputs, len(os.listdir("/proc/self/fd"))
+    before = scene.inputs, psutil.Process().num_fds()
     message = ""
     with file_layer(once, names):
         try:
             scene.merge(output)
         except ResmError as error:
             message = str(error)
-    assert (scene.inputs, len(os.listdir("/proc/self/fd"))) == before
+    assert (scene.inputs, psutil.Process().num_fds()) == before
     assert not threads()
     if output.exists():
         scene.assert_whole(output)
@@ -276,3 +277,28 @@ def _judge(scene: Scene, output: Path, status: int | None) -> bool:
     if output.exists():
         scene.assert_whole(output)
     return status != 0
+
+
+def _race(scene: Scene, output: Path, gate: Any) -> None:
+    gate.wait()
+    try:
+        scene.merge(output)
+    except OutputError:
+        os._exit(3)
+    os._exit(0)
+
+
+def race(scene: Scene, output: Path, racers: int) -> None:
+    """Start merges to one output at the same moment: one wins, the others get one clear error."""
+    context = multiprocessing.get_context("fork")
+    gate = context.Barrier(racers)
+    processes = [context.Process(target=_race, args=(scene, output, gate)) for _ in range(racers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert sorted(p.exitcode if p.exitcode is not None else -1 for p in processes) == [
+        0,
+        *[3] * (racers - 1),
+    ]
+    scene.assert_whole(output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import re
 import resource
@@ -28,6 +27,7 @@ from tests.faults import (
     file_layer,
     in_child,
     make_scene,
+    race,
     resume,
     small_scene,
     threads,
@@ -139,27 +139,9 @@ def test_an_input_that_changes_between_two_tensors(
         resume(scene, output)
 
 
-def _race(scene: Scene, output: Path, gate: Any) -> None:
-    gate.wait()
-    try:
-        scene.merge(output)
-    except OutputError:
-        os._exit(3)
-    os._exit(0)
-
-
 def test_of_merges_racing_for_one_output_one_wins(scene: Scene, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
     for turn in range(6):
-        output = tmp_path / f"out{turn}"
-        gate = context.Barrier(3)
-        racers = [context.Process(target=_race, args=(scene, output, gate)) for _ in range(3)]
-        for racer in racers:
-            racer.start()
-        for racer in racers:
-            racer.join(60)
-        assert sorted(racer.exitcode or 0 for racer in racers) == [0, 3, 3]
-        scene.assert_whole(output)
+        race(scene, tmp_path / f"out{turn}", 3)
 
 
 def test_a_merge_that_comes_too_late_leaves_the_winner_s_output(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import resm_kernels
+from tests.damage import Watched, at_random, flip, kept_shards_damaged
 from tests.faults import (
     FAULTS,
     Scene,
@@ -17,6 +19,7 @@ from tests.faults import (
     kill_at_call,
     kill_at_time,
     large_scene,
+    race,
     resume,
     small_scene,
 )
@@ -24,6 +27,8 @@ from tests.lossy import cut_power, record
 
 RANDOM_KILLS = 150
 POWER_CUTS = 9
+DAMAGES = 1000
+RACES = 100
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +118,45 @@ def test_a_fault_in_every_call(kind: str, small: Scene, tmp_path: Path) -> None:
         errors += bool(message)
     print(f"\n{kind}: in each of {step - 1} calls; {errors} merges ended with one clear error")
     assert step > 12
+
+
+@pytest.mark.timeout(1200)
+def test_races(small: Scene, tmp_path: Path) -> None:
+    for _ in range(RACES):
+        race(small, tmp_path / "out", 3)
+        shutil.rmtree(tmp_path / "out")
+    print(f"\n{RACES} races of three merges for one output: one winner each, two clear errors")
+
+
+@pytest.mark.timeout(1200)
+def test_every_byte_of_a_small_output_flipped(small: Scene) -> None:
+    watched = Watched(small.whole)
+    dice = random.Random(8)
+    flips = 0
+    for path in sorted(p for p in small.whole.rglob("*") if p.is_file()):
+        for place in range(path.stat().st_size):
+            watched.assert_found(path, place, flip(place, dice.randrange(1, 256)))
+            flips += 1
+    resm_kernels.verify(small.whole)
+    print(f"\nflipped each of {flips} bytes of an output: all found, file and tensor named")
+
+
+@pytest.mark.timeout(1200)
+def test_random_damage_to_a_larger_output(large: Scene) -> None:
+    watched = Watched(large.whole)
+    size = resm_kernels.verify(large.whole).total_bytes
+    flips = cuts = 0
+    for path, place, damage in at_random(large.whole, 2 * DAMAGES, random.Random(9)):
+        watched.assert_found(path, place, damage)
+        if len(damage(path.read_bytes())) == path.stat().st_size:
+            flips += 1
+        else:
+            cuts += 1
+    resm_kernels.verify(large.whole)
+    print(f"\n{flips} flips and {cuts} truncations of an output of {size} bytes: all found")
+
+
+@pytest.mark.timeout(1200)
+def test_damage_to_kept_shards(small: Scene, tmp_path: Path) -> None:
+    damages = kept_shards_damaged(small, tmp_path / "out", DAMAGES, random.Random(10))
+    print(f"\n{damages} flips and truncations of kept shards: resume refused each by name")
