@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import threading
@@ -68,6 +69,18 @@ class Recorder:
         size = os.fstat(descriptor).st_size
         self.log.append(("data", inode, os.pread(descriptor, size, 0)))
 
+    def promised(self, events: int) -> int:
+        """Tensors of the shards whose journal lines were synced by then."""
+        data: dict[int, bytes] = {}
+        count = 0
+        for kind, inode, content in self.log[:events]:
+            if kind == "data":
+                data[inode] = content
+            elif data.get(inode, b"").startswith(b'{"plan_id"'):
+                lines = data[inode].splitlines()[1:]
+                count = sum(len(json.loads(line)["digests"]) for line in lines)
+        return count
+
     def after_power_cut(self, events: int, target: Path, dice: Dice) -> None:
         """Make what a cut after so many events may leave."""
         data: dict[int, bytes] = {}
@@ -115,11 +128,15 @@ def record(scene: Scene, root: Path) -> Recorder:
 
 
 def cut_power(scene: Scene, disk: Recorder, events: int, root: Path, dice: Dice) -> bool:
-    """Cut the power after so many changes and finish the merge; whether it was complete."""
+    """Cut the power after so many changes and finish the merge; whether it was complete.
+
+    No shard is merged again whose journal line was synced.
+    """
     disk.after_power_cut(events, root, dice)
     complete = (root / "out").exists()
     if complete:
         scene.assert_whole(root / "out")
     else:
-        resume(scene, root / "out")
+        kept, _ = resume(scene, root / "out")
+        assert kept >= disk.promised(events)
     return complete

@@ -21,8 +21,8 @@ SHAPES = {
     **{f"layers.{i}.up_proj.weight": (160, 96) for i in range(4)},
     **{f"layers.{i}.norm.weight": (96,) for i in range(4)},
 }
-WORKERS = (1, 2, 5)
-SHARD_SIZES = ("1GB", "40KB", "1B")
+WORKERS = (1, 4)
+SHARD_SIZES = ("1GB", "1B")
 SCRIPT = """
 import json, sys
 from pathlib import Path
