@@ -473,8 +473,8 @@ def test_rank_zero_is_the_base() -> None:
 def test_tiles_fit_the_architecture(arch: str, precision: low_rank_kernel.Precision) -> None:
     """Prefetched operands fit the shared memory: 99 KB at least, 64 KB on AMD."""
     for rows, columns in ((1, 1), (64, 100_000), (4096, 4096), (28672, 8192)):
-        for even in (True, False):
-            cut = low_rank_kernel.tile(rows, columns, precision, arch, even=even)
+        for out, even in itertools.product(DTYPES, (True, False)):
+            cut = low_rank_kernel.tile(rows, columns, out, precision, arch, even=even)
             operands = 4 * low_rank_kernel.DEPTH * (cut.rows + cut.columns) * cut.stages
             assert operands <= (65536 if arch.startswith("gfx") else 99 << 10)
             tiles = triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns)

@@ -86,8 +86,10 @@ WIDE = "sm_90"
 """Its tensor cores read operands from shared memory: registers are free for a larger tile."""
 
 
-def tile(rows: int, columns: int, precision: Precision, arch: str, *, even: bool) -> Tile:
-    """The tile for a shape, a precision and an architecture; none spills registers.
+def tile(
+    rows: int, columns: int, out: torch.dtype, precision: Precision, arch: str, *, even: bool
+) -> Tile:
+    """The tile for a shape, output dtype, precision and architecture; none spills registers.
 
     `even`: rows of the base and of the outputs begin at 16-byte boundaries.
     """
@@ -96,7 +98,8 @@ def tile(rows: int, columns: int, precision: Precision, arch: str, *, even: bool
         return SMALL
     if arch.startswith("gfx"):
         return Tile(128, 128, 8, 2)
-    return Tile(128, 128 if arch == WIDE and even and precision != "ieee" else 64, 8, 3)
+    wide = arch == WIDE and even and precision != "ieee" and out != torch.float32
+    return Tile(128, 128 if wide else 64, 8, 3)
 
 
 def supported(precision: Precision, arch: str) -> Precision:
@@ -128,7 +131,7 @@ def add_low_rank(
     if base.stride(1) != 1 or base.data_ptr() % ALIGNMENT:
         base = base.clone(memory_format=torch.contiguous_format)
     even = columns % 16 == 0 and base.stride(0) % 16 == 0
-    cut = tile(rows, columns, precision, arch, even=even)
+    cut = tile(rows, columns, out_dtype, precision, arch, even=even)
     left, right = _factor(left, values), _factor(right, None)
     outs = [torch.empty(rows, columns, dtype=out_dtype, device=base.device) for _ in scales]
     _low_rank_kernel[(triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns),)](
