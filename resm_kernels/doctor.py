@@ -54,11 +54,12 @@ def diagnose() -> dict[str, Any]:
 
 
 def _kernels() -> str:
-    from resm_kernels.ops.launch import triton_version
+    from resm_kernels.ops.launch import OLDEST_TRITON, has_triton, triton_version
 
-    if (version := triton_version()) is None:
-        return "torch on the CPU; also on a GPU, since triton is not installed"
-    return f"torch on the CPU, kernels by triton {version} on a GPU; not yet measured on one"
+    if not has_triton():
+        needed, found = ".".join(map(str, OLDEST_TRITON)), triton_version() or "none"
+        return f"torch, also on a GPU: kernels need triton {needed} or newer, found {found}"
+    return f"torch on the CPU, triton {triton_version()} on a GPU; not yet measured on one"
 
 
 def _version(package: str) -> str | None:

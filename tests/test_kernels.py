@@ -19,7 +19,7 @@ import triton
 from numpy.typing import NDArray
 from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
-from resm_kernels.ops import elementwise
+from resm_kernels.ops import elementwise, launch
 from resm_kernels.ops.consensus import elected_deltas, weighted_deltas, weighted_sum
 from resm_kernels.ops.consensus import kernel as consensus_kernel
 from resm_kernels.ops.consensus import reference as consensus_reference
@@ -27,7 +27,7 @@ from resm_kernels.ops.delta_stats import delta_stats
 from resm_kernels.ops.delta_stats import kernel as stats_kernel
 from resm_kernels.ops.delta_stats import reference as stats_reference
 from resm_kernels.ops.delta_stats.stats import DeltaStats
-from resm_kernels.ops.launch import flat_inputs, on_kernels
+from resm_kernels.ops.launch import flat_inputs
 from resm_kernels.ops.low_rank import add_low_rank
 from resm_kernels.ops.low_rank import kernel as low_rank_kernel
 from resm_kernels.ops.low_rank import reference as low_rank_reference
@@ -484,9 +484,16 @@ def test_tiles_fit_the_architecture(arch: str, precision: low_rank_kernel.Precis
     assert low_rank_kernel.supported(precision, arch) == ("ieee" if "gfx" in arch else precision)
 
 
-def test_only_what_kernels_take_goes_to_them() -> None:
-    assert not on_kernels([torch.zeros(3)])
-    assert not on_kernels([torch.zeros(3, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    ("version", "enough"),
+    [(None, False), ("3.3.1", False), ("3.4.0", True), ("3.10.0+git1", True), ("4.0", True)],
+)
+def test_an_old_triton_is_left_alone(
+    version: str | None, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "triton_version", lambda: version)
+    assert launch.has_triton.__wrapped__() == enough
+    assert not launch.on_kernels([torch.zeros(3)])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,6 +16,8 @@ DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm
 """Names under which torch's builds bring triton."""
 OLDEST = (8, 0)
 """First compute capability with bf16 and TF32."""
+OLDEST_TRITON = (3, 4)
+"""First version that compiles every kernel: with torch 2.8 comes 3.4."""
 ALIGNMENT = 16
 """Bytes to which inputs are aligned, so that loads are 16 bytes wide."""
 
@@ -25,7 +28,7 @@ def on_kernels(tensors: Iterable[torch.Tensor], *dtypes: torch.dtype) -> bool:
     return (
         all(tensor.is_cuda and tensor.numel() for tensor in tensors)
         and all(dtype in DTYPES for dtype in (*dtypes, *(tensor.dtype for tensor in tensors)))
-        and triton_version() is not None
+        and has_triton()
         and torch.cuda.get_device_capability(tensors[0].device) >= OLDEST
     )
 
@@ -37,6 +40,13 @@ def triton_version() -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether a triton is installed that compiles the kernels."""
+    numbers = re.match(r"(\d+)\.(\d+)", triton_version() or "")
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= OLDEST_TRITON
 
 
 def architecture(device: torch.device) -> str:
