@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -49,9 +50,14 @@ def expert_of(expert_table, t, base_ptr):
 
 
 def launch(
-    kernel: Any, count: int, *arguments: object, block: int = BLOCK, **constants: object
+    kernel: Any,
+    count: int,
+    first: torch.Tensor,
+    *others: object,
+    block: int = BLOCK,
+    **constants: object,
 ) -> None:
-    """Run an element-wise kernel over `count` entries."""
-    kernel[(triton.cdiv(count, block),)](
-        *arguments, **constants, EVEN=count % EVEN == 0, BLOCK=block, num_warps=WARPS, **EXACT
-    )
+    """Run an element-wise kernel over `count` entries, on the device of its first argument."""
+    constants |= {"EVEN": count % EVEN == 0, "BLOCK": block, "num_warps": WARPS, **EXACT}
+    with torch.cuda.device_of(first):  # Triton launches on the current device
+        kernel[(triton.cdiv(count, block),)](first, *others, **constants)

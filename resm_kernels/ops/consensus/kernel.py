@@ -87,8 +87,9 @@ def _elect_kernel(
             delta = delta * weight
         sign = tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, 0.0))
         vote += tl.where(by_count != 0, sign, delta)
-        rising += tl.maximum(delta, 0.0)
-        falling += tl.minimum(delta, 0.0)
+        # Not tl.maximum and tl.minimum, which pass over NaN.
+        rising += tl.where(delta < 0.0, 0.0, delta)
+        falling += tl.where(delta > 0.0, 0.0, delta)
         rising_weight += tl.where(delta > 0.0, weight, 0.0)
         falling_weight += tl.where(delta < 0.0, weight, 0.0)
     total = tl.where(vote >= 0.0, rising, falling)
@@ -172,7 +173,8 @@ def _combine(
     launch(
         kernel,
         count,
-        *(flat_base, addresses(flat), out, *tables, count, len(flat), *scalars),
+        flat_base,
+        *(addresses(flat), out, *tables, count, len(flat), *scalars),
         MASKED=masks is not None,
         DROP=masks is not None and any(mask.density < 1.0 for mask in masks),
         **constants,

@@ -134,20 +134,22 @@ def add_low_rank(
     cut = tile(rows, columns, out_dtype, precision, arch, even=even)
     left, right = _factor(left, values), _factor(right, None)
     outs = [torch.empty(rows, columns, dtype=out_dtype, device=base.device) for _ in scales]
-    _low_rank_kernel[(triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns),)](
-        *(base, left, right, outs[0], addresses(outs)),
-        table(scales, torch.float32, base.device),
-        *(rows, columns, left.shape[1], base.stride(0), len(outs)),
-        PRECISION=precision,
-        EVEN=even,
-        GROUP=GROUP,
-        BLOCK_M=cut.rows,
-        BLOCK_N=cut.columns,
-        BLOCK_K=DEPTH,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-        enable_fp_fusion=True,
-    )
+    tiles = triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns)
+    with torch.cuda.device_of(base):  # Triton launches on the current device
+        _low_rank_kernel[(tiles,)](
+            *(base, left, right, outs[0], addresses(outs)),
+            table(scales, torch.float32, base.device),
+            *(rows, columns, left.shape[1], base.stride(0), len(outs)),
+            PRECISION=precision,
+            EVEN=even,
+            GROUP=GROUP,
+            BLOCK_M=cut.rows,
+            BLOCK_N=cut.columns,
+            BLOCK_K=DEPTH,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+            enable_fp_fusion=True,
+        )
     return outs
 
 

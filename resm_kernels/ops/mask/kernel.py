@@ -46,20 +46,19 @@ def kept_at_random(first, keep_below, key0, key1, BLOCK: tl.constexpr):
 @triton.jit
 def masked(delta, first, lanes, floats_ptr, ints_ptr, DROP: tl.constexpr, BLOCK: tl.constexpr):
     """The masked and weighted delta of the block that begins at entry `first`."""
+    # By what goes, not by what stays: NaN is kept, and found in the result.
     a = tl.abs(delta)
     threshold = tl.load(floats_ptr + 1)
     clip = tl.load(floats_ptr + 2)
-    leading = (a > threshold) | (
-        (a == threshold) & (lanes < before(tl.load(ints_ptr), first, BLOCK))
-    )
-    kept = leading & (a > tl.load(floats_ptr))
+    cut = before(tl.load(ints_ptr), first, BLOCK)
+    gone = (a < threshold) | (a <= tl.load(floats_ptr)) | ((a == threshold) & (lanes >= cut))
     if DROP:
         keep_below = tl.load(ints_ptr + 1).to(tl.uint32)
         key0 = tl.load(ints_ptr + 2).to(tl.uint64, bitcast=True)
         key1 = tl.load(ints_ptr + 3).to(tl.uint64, bitcast=True)
-        kept = kept & kept_at_random(first, keep_below, key0, key1, BLOCK)
-    clipped = tl.minimum(tl.maximum(delta, -clip), clip)
-    return tl.where(kept, clipped, 0.0) * tl.load(floats_ptr + 3)
+        gone = gone | (kept_at_random(first, keep_below, key0, key1, BLOCK) == 0)
+    clipped = tl.where(delta > clip, clip, tl.where(delta < -clip, -clip, delta))
+    return tl.where(gone, 0.0, clipped) * tl.load(floats_ptr + 3)
 
 
 @triton.jit(do_not_specialize=["count"])

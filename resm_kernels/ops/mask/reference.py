@@ -51,9 +51,10 @@ def split_delta(
 
 def apply_mask(delta: torch.Tensor, mask: Mask, start: int, weight: float) -> torch.Tensor:
     """Mask and weight in place the piece of a flat delta that begins at `start`."""
-    if mask.floor >= 0.0 or mask.threshold > 0.0:
+    trimmed = mask.threshold > 0.0 or mask.cut is not None
+    if mask.floor >= 0.0 or trimmed:
         magnitude = delta.abs()
-        if mask.threshold > 0.0:
+        if trimmed:
             gone = magnitude < mask.threshold
             if mask.cut is not None and mask.cut < start + delta.numel():
                 first = max(mask.cut - start, 0)
