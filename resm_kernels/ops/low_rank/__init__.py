@@ -39,7 +39,8 @@ def add_low_rank(
         s; ones by default.
     precision : "tf32x3", "ieee" or "tf32"
         Of the products on a GPU: three TF32 products of split operands (relative error of a
-        product 2**-21), float32 (2**-24), or one TF32 product (2**-11).
+        product below 2**-19), float32 (2**-24), or one TF32 product (2**-9: tensor cores cut
+        operands off, they do not round them).
 
     Returns
     -------
@@ -51,7 +52,7 @@ def add_low_rank(
     On a GPU the product is never in memory; on a CPU a panel of it is. Error of the product:
     |L| |R|^T times the precision's, plus K roundings of the accumulation.
     """
-    if left.numel() and on_kernels((base,), out_dtype):
+    if scales and left.numel() and on_kernels((base,), out_dtype):
         from resm_kernels.ops.low_rank import kernel
 
         return kernel.add_low_rank(
