@@ -21,6 +21,7 @@ import resm_kernels.ops.mask as mask
 from resm_kernels.ops import launch
 from resm_kernels.ops.mask import Mask
 from resm_kernels.ops.mask.reference import apply_mask
+from tests.interpreter import DOWN_CAST, round_off
 
 DEVICE = os.environ.get("RESM_TEST_DEVICE", "cuda")
 if DEVICE == "cpu":
@@ -57,8 +58,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if DEVICE == "cpu":
         for op in (consensus, stats, low_rank, mask):
             monkeypatch.setattr(op, "on_kernels", everywhere)
-        builder = "triton.runtime.interpreter.InterpreterBuilder"
-        monkeypatch.setattr(f"{builder}.create_fp_trunc", round_off)
+        monkeypatch.setattr(DOWN_CAST, round_off)
     yield
     torch.use_deterministic_algorithms(before)
 
@@ -67,14 +67,6 @@ def everywhere(tensors: Sequence[torch.Tensor], *dtypes: torch.dtype) -> bool:
     """`on_kernels` without the question where the tensors are."""
     dtypes += tuple(tensor.dtype for tensor in tensors)
     return all(t.numel() for t in tensors) and all(d in launch.DTYPES for d in dtypes)
-
-
-def round_off(builder: Any, source: Any, target: Any) -> Any:
-    """The interpreter's down-cast; by itself it cuts bf16 off."""
-    if target.scalar.name != "bf16":
-        return builder.cast_impl(source, target)
-    rounded = torch.from_numpy(source.data).to(BF16).view(torch.int16).numpy().view("uint16")
-    return type(source)(rounded, target.scalar)
 
 
 def family(
@@ -268,6 +260,14 @@ def test_weighted_sums_err_by_an_ulp(dtype: torch.dtype, out: torch.dtype, norma
         slack = 3 * 2.0**-24 * terms / (abs(sum(weights)) if normalize else 1.0)
         ulp = (torch.nextafter(theirs, theirs.new_full((), math.inf)) - theirs).double()
         assert bool(((ours.double() - theirs.double()).abs() <= ulp + slack)[finite].all())
+
+
+def test_quotients_of_float64_are_rounded_once() -> None:
+    inputs = [torch.randn(999, dtype=torch.float64) for _ in range(4)]
+    given = {"scale": 0.9, "divisor": 3.0, "out_dtype": torch.float64}
+    found = consensus.weighted_deltas(*split(to_device(inputs)), WEIGHTS, **given)
+    expected = consensus.reference.weighted_deltas(*split(inputs), WEIGHTS, **given)
+    assert torch.equal(found.cpu(), expected)
 
 
 def near(magnitudes: torch.Tensor, limit: float) -> int:

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks.gpu import factorisations, kernels, run
 from resm_kernels.linalg.solver import Work
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def test_the_quick_suite_keeps_the_contract_on_the_cpu(
+def arguments(folder: Path, only: str) -> list[str]:
+    given = ["--out", str(folder), "--device", "cpu", "--quick", "--skip-tests"]
+    return [*given, "--only", only]
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "gpu.json").read_text())["rows"]
+    return rows
+
+
+def test_the_quick_factorisations_keep_the_contract_on_the_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu.main([str(tmp_path), "--device", "cpu", "--quick"]) == 0
+    assert run.main(arguments(tmp_path, "factorisations")) == 0
     content = json.loads((tmp_path / "gpu.json").read_text())
     rows = content["rows"]
     assert content["versions"]["torch"] == torch.__version__
@@ -51,27 +68,107 @@ def test_the_quick_suite_keeps_the_contract_on_the_cpu(
     assert "auto      30 of 30 ok, 30 compared" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_quick_kernels_agree_with_their_references_on_the_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.run", *arguments(tmp_path, "kernels")]
+    done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_in(tmp_path)
+    assert {row["status"] for row in rows} == {"ok"}
+    measured = [row for row in rows if row["part"] == "kernels"]
+    assert {row["name"] for row in measured} == {*kernels.ELEMENTWISE, "low_rank"}
+    for row in measured:
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["roof_share"] > 0
+        assert row["torch_ratio"] > 0
+        assert row["goal"] in (True, False)
+    assert [r["compile_status"] for r in rows if "compile_status" in r] == ["ok"]
+    assert "roof matmul tf32" in done.stdout
+
+
+def test_a_result_that_is_wrong_is_not_timed() -> None:
+    expected = torch.tensor([1.0, -0.0])
+    kernels.expect_bytes(expected, expected.clone())
+    with pytest.raises(kernels.Wrong, match="1 of 2 entries differ"):
+        kernels.expect_bytes(expected, torch.tensor([1.0, 0.0]))
+    pytest.importorskip("triton")
+    for name in kernels.ELEMENTWISE:
+        case = kernels.ELEMENTWISE[name](name, (24, 32), torch.bfloat16, torch.device("cpu"))
+        with pytest.raises(kernels.Wrong):
+            case.check(spoilt(name, case))
+
+
+def spoilt(name: str, case: kernels.Case) -> Any:
+    """What plain torch makes of the case, with an entry changed."""
+    if name == "trim":
+        return [(0.0, 1)] * kernels.EXPERTS
+    if name == "delta_stats":
+        return kernels.stats_reference.delta_stats(case.given[0], [case.given[0] + 1.0] * 3)
+    found = case.plain(*case.given)
+    (found[0] if name == "split_delta" else found).view(-1)[5] += 1.0
+    return found
+
+
 def test_errors_and_the_budget_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(tmp_path), "--device", "cpu", "--quick"]
+    given = arguments(tmp_path, "factorisations")
 
     def broken(*given: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(gpu, "judge", broken)
-    monkeypatch.setattr(gpu, "RATES", {"cpu": Work(*[2e10] * 3, *[1.0] * 4)})
-    monkeypatch.setattr(gpu, "QUICK_CHECKED", {(48, 32): "power"})
-    assert gpu.main(arguments) == 0  # at one operation a second nothing is even tried
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    skipped = [row for row in rows if row["part"] == "correctness"]
+    monkeypatch.setattr(factorisations, "judge", broken)
+    monkeypatch.setattr(factorisations, "RATES", {"cpu": Work(*[2e10] * 3, *[1.0] * 4)})
+    monkeypatch.setattr(factorisations, "QUICK_CHECKED", {(48, 32): "power"})
+    assert run.main(given) == 0  # at one operation a second nothing is even tried
+    skipped = [row for row in rows_in(tmp_path) if row["part"] == "correctness"]
     assert {row["status"] for row in skipped} == {"skipped"}
     assert all("s left to correctness" in row["note"] for row in skipped)
 
     monkeypatch.undo()
-    monkeypatch.setattr(gpu, "judge", broken)
-    monkeypatch.setattr(gpu, "QUICK_CHECKED", {(48, 32): "power"})
-    assert gpu.main(arguments) == 1
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert {row["note"] for row in rows if row["status"] == "error"} == {"RuntimeError: first line"}
+    monkeypatch.setattr(factorisations, "judge", broken)
+    monkeypatch.setattr(factorisations, "QUICK_CHECKED", {(48, 32): "power"})
+    assert run.main(given) == 1
+    notes = {row["note"] for row in rows_in(tmp_path) if row["status"] == "error"}
+    assert notes == {"RuntimeError: first line"}
     assert "error RuntimeError: first line" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds", "said"),
+    [
+        ("assert False", 60.0, "1 failed"),
+        ("import time; time.sleep(60)", 4.0, "exit code none within 4 s"),
+        ("pass", 60.0, "1 passed"),
+    ],
+    ids=["fails", "hangs", "passes"],
+)
+def test_failing_and_hanging_tests_stop_no_measurement(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    body: str,
+    seconds: float,
+    said: str,
+) -> None:
+    file = tmp_path / "test_one.py"
+    file.write_text(f"def test_one():\n    {body}\n")
+    monkeypatch.setattr(run, "TESTS", (str(file),))
+    monkeypatch.setattr(run, "TESTS_SECONDS", seconds)
+
+    def measured(suite: run.Suite, *given: object) -> None:
+        with suite.case("suite", "reached"):
+            pass
+        raise RuntimeError("a part that ends early")
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    monkeypatch.setattr(factorisations, "measure", lambda *given: None)
+    start = time.perf_counter()
+    assert run.main(["--out", str(tmp_path), "--device", "cpu", "--quick"]) == 1
+    assert time.perf_counter() - start < 55
+    tests, reached, early = rows_in(tmp_path)
+    assert said in tests["note"]
+    assert tests["status"] == ("ok" if body == "pass" else "fail")
+    assert (reached["status"], early["status"]) == ("ok", "error")
+    assert early["note"] == "RuntimeError: a part that ends early"
+    assert said in capsys.readouterr().out

@@ -107,7 +107,9 @@ def weighted_sum(
     normalize: bool = False,
 ) -> torch.Tensor:
     """sum_t w_t W_t, divided by sum_t w_t where `normalize`; see `ops.consensus`."""
-    divisor = float(torch.tensor(weights, dtype=torch.float32).sum()) if normalize else 1.0
+    divisor = (
+        float(torch.tensor(weights, dtype=torch.float32, device="cpu").sum()) if normalize else 1.0
+    )
     return _combine(
         _sum_kernel,
         *(tensors[0], tensors, weights, None, out_dtype),

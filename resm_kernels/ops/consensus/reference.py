@@ -24,7 +24,7 @@ def weighted_sum(
     """sum_t w_t W_t, divided by sum_t w_t where `normalize`; see `ops.consensus`."""
     dtype = compute_dtype(tensors)
     flat = [tensor.reshape(-1) for tensor in tensors]
-    divisor = float(torch.tensor(weights, dtype=dtype).sum())
+    divisor = torch.tensor(weights, dtype=dtype, device="cpu").sum().to(tensors[0].device)
     out = torch.empty(tensors[0].shape, dtype=out_dtype, device=tensors[0].device)
     target = out.view(-1)
     buffers = [scratch(target.numel(), out, dtype) for _ in range(2)]
@@ -55,7 +55,7 @@ def weighted_deltas(
         for delta in deltas:
             total.add_(delta)
         if divisor != 1.0:
-            total.div_(divisor)
+            total.div_(total.new_full((), divisor))  # a number's reciprocal would multiply, on CUDA
         out.view(-1)[piece] = total.mul_(scale).add_(origin)
     return out
 

@@ -1,31 +1,16 @@
-"""The GPU suite of the factorisations: correctness first, then times, memory and whole models.
-
-    python -m benchmarks.gpu OUTDIR [--device cuda] [--quick] [--budget SECONDS]
-
-Writes `OUTDIR/gpu.json` before and after every case. A case that fails records its error, one
-that would not fit the budget is recorded as skipped, and the suite goes on. Exit code 1 if a
-correctness case failed.
-"""
+"""Factorisations on a GPU: the accuracy contract first, then times, memory and whole models."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import functools
-import importlib.metadata
 import itertools
-import json
-import os
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.suite import Row, Suite, TooLong, Unavailable, relative
 from resm_kernels.linalg import Solver, SolverOptions, SpectralMerge
 from resm_kernels.linalg.eigen import gram
 from resm_kernels.linalg.express import orthonormalise
@@ -34,7 +19,6 @@ from resm_kernels.linalg.solver import CONTRACT_SHARE, Work
 from resm_kernels.methods import find_method, merge_weight
 
 Shape = tuple[int, int]
-Row = dict[str, Any]
 EXPERTS = 3
 SPECTRA = ("power", "exponential", "noise", "lora16-bf16", "noise-bf16")
 LIMITS = {"exact": 1e-5, "auto": 1e-5, "fast": 1e-2}
@@ -60,129 +44,56 @@ MODELS = {"Llama-3-8B": (32, 4096, 1024, 14336), "Llama-3-70B": (80, 8192, 1024,
 """Layers, width, width of keys and values, width of the MLP."""
 
 
-class TooLong(Exception):
-    """A case that would not fit the time left to its part."""
+def timed(
+    suite: Suite, row: Row, work: Work, run: Callable[..., Any], *given: Any, repeats: int = 3
+) -> Any:
+    """Record the median of some runs after a first one, and the first one's peak memory.
 
-
-class Unavailable(Exception):
-    """A piece that this torch, or this device, does not have."""
-
-
-class Suite:
-    """Keeps rows on disk while it measures them, inside a budget.
-
-    A row's `status` is ok, fail (outside the contract), error, skipped, unavailable or running;
-    `ratio` is the textbook's time over its own, bytes are beside the inputs.
+    One run is expected to take its work at `RATES`, corrected by what the last case of the
+    same mode, or piece, took over that; TooLong where no such time is left.
     """
-
-    def __init__(self, folder: Path, device: torch.device, budget: float) -> None:
-        self.device, self.budget, self.rows = device, budget, list[Row]()
-        self._file, self._start = folder / "gpu.json", time.perf_counter()
-        self._about, self._pace = describe(device), dict[str, float]()
-
-    @contextlib.contextmanager
-    def case(self, part: str, name: str, **labels: object) -> Iterator[Row]:
-        """One row, whatever happens to the code that fills it."""
-        row: Row = {"part": part, "name": name, **labels, "status": "running"}
-        self.rows.append(row)
-        self.save()
-        try:
-            yield row
-            row["status"] = "ok" if row["status"] == "running" else row["status"]
-        except TooLong as error:
-            row |= {"status": "skipped", "note": str(error)}
-        except (Unavailable, NotImplementedError) as error:  # torch raises the second itself
-            row |= {"status": "unavailable", "note": f"not available ({error}".split(". ")[0] + ")"}
-        except Exception as error:
-            first = next(iter(str(error).splitlines()), "")
-            row |= {"status": "error", "note": f"{type(error).__name__}: {first}"}
-        self.save()
-
-    def timed(
-        self, row: Row, work: Work, run: Callable[..., Any], *given: Any, repeats: int = 3
-    ) -> Any:
-        """Record the median of some runs after a first one, and the first one's peak memory.
-
-        One run is expected to take its work at `RATES`, corrected by what the last case of the
-        same mode, or piece, took over that; TooLong where no such time is left.
-        """
-        key = row.get("mode") or f"{row['name']} {row.get('dtype')}"
-        nominal = work.seconds(RATES[self.device.type])
-        expected, left = nominal * self._pace.get(key, 1.0), self._left(row)
-        if expected > left:
-            raise TooLong(f"about {expected:.1f} s, but {max(left, 0):.1f} s left to {row['part']}")
-        before = 0
-        if cuda := self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        first, result = self._once(run, *given)
-        if cuda:
-            row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        times, room = list[float](), min(ALLOWANCE, self._left(row))
-        while first <= LONG and len(times) < repeats and sum(times) + first < room:
-            times.append(self._once(run, *given)[0])
-        row |= {"seconds": statistics.median(times or [first]), "repeats": max(1, len(times))}
-        self._pace[key] = row["seconds"] / nominal
-        return result
-
-    def _once(self, run: Callable[..., Any], *given: Any) -> tuple[float, Any]:
-        if self.device.type == "cpu":
-            start = time.perf_counter()
-            result = run(*given)
-            return time.perf_counter() - start, result
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        first.record()
-        result = run(*given)
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1000, result
-
-    def _left(self, row: Row) -> float:
-        return PARTS[row["part"]] * self.budget - (time.perf_counter() - self._start)
-
-    def merge(
-        self, row: Row, deltas: Sequence[torch.Tensor], rank: int, repeats: int = 3
-    ) -> SpectralMerge:
-        """Time one merge in its row's mode, beside what the solver planned."""
-        solver, ranks = Solver(SolverOptions(mode=row["mode"])), [rank] * EXPERTS
-        plan = solver.plan(deltas[0].shape, ranks, device=self.device.type)
-        row["planned_bytes"] = plan.workspace
-        merge: SpectralMerge = self.timed(
-            row, plan.work, solver.merge, deltas, ranks, repeats=repeats
-        )
-        row |= {"backends": merge.backends, "fallbacks": merge.fallbacks}
-        return merge
-
-    def save(self) -> None:
-        """Write everything so far, with the ratios; the file is whole at any time."""
-        timed = {(r["name"], r.get("shape"), r.get("mode")): r for r in self.rows if "seconds" in r}
-        for (name, shape, _), row in timed.items():
-            if textbook := timed.get((name, shape, "textbook")):
-                row["ratio"] = textbook["seconds"] / row["seconds"]
-        content = {**self._about, "seconds": time.perf_counter() - self._start, "rows": self.rows}
-        beside = self._file.with_suffix(".partial")
-        beside.write_text(json.dumps(content, indent=1))
-        beside.replace(self._file)
+    key = row.get("mode") or f"{row['name']} {row.get('dtype')}"
+    nominal = work.seconds(RATES[suite.device.type])
+    expected, left = nominal * suite.pace.get(key, 1.0), suite.left(row)
+    if expected > left:
+        raise TooLong(f"about {expected:.1f} s, but {max(left, 0):.1f} s left to {row['part']}")
+    before = 0
+    if cuda := suite.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    first, result = suite.once(run, *given)
+    if cuda:
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    times, room = list[float](), min(ALLOWANCE, suite.left(row))
+    while first <= LONG and len(times) < repeats and sum(times) + first < room:
+        times.append(suite.once(run, *given)[0])
+    row |= {"seconds": statistics.median(times or [first]), "repeats": max(1, len(times))}
+    suite.pace[key] = row["seconds"] / nominal
+    compare_with_textbook(suite.rows)
+    return result
 
 
-def describe(device: torch.device) -> Row:
-    """The machine, the versions and the commit."""
-    packages = ("torch", "numpy", "scipy", "threadpoolctl")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    versions |= {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    machine: Row = {"system": platform.platform(), "cores": os.cpu_count()}
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        machine |= {"gpu": found.name, "gpu_bytes": found.total_memory}
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = done.stdout.strip() or None
-    except OSError:
-        commit = None
-    return {"machine": machine, "versions": versions, "commit": commit}
+def compare_with_textbook(rows: Sequence[Row]) -> None:
+    """`ratio`: the textbook's time over a row's own."""
+    known = {(r["name"], r.get("shape"), r.get("mode")): r for r in rows if "seconds" in r}
+    for (name, shape, _), row in known.items():
+        if textbook := known.get((name, shape, "textbook")):
+            row["ratio"] = textbook["seconds"] / row["seconds"]
+
+
+def time_merge(
+    suite: Suite, row: Row, deltas: Sequence[torch.Tensor], rank: int, repeats: int = 3
+) -> SpectralMerge:
+    """Time one merge in its row's mode, beside what the solver planned."""
+    solver, ranks = Solver(SolverOptions(mode=row["mode"])), [rank] * EXPERTS
+    plan = solver.plan(deltas[0].shape, ranks, device=suite.device.type)
+    row["planned_bytes"] = plan.workspace
+    merge: SpectralMerge = timed(
+        suite, row, plan.work, solver.merge, deltas, ranks, repeats=repeats
+    )
+    row |= {"backends": merge.backends, "fallbacks": merge.fallbacks}
+    return merge
 
 
 def make_deltas(kind: str, shape: Shape, device: torch.device) -> list[torch.Tensor]:
@@ -206,11 +117,6 @@ def make_deltas(kind: str, shape: Shape, device: torch.device) -> list[torch.Ten
     return [delta() for _ in range(EXPERTS)]
 
 
-def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """Error in the Frobenius norm."""
-    return float((found - reference).norm() / reference.norm())
-
-
 def formed(merge: SpectralMerge) -> torch.Tensor:
     return merge.left.double() @ merge.right.double().T
 
@@ -232,7 +138,7 @@ def check_correctness(suite: Suite, shapes: dict[Shape, str]) -> None:
             name, limits, exact = f"{kind} r={rank}", dict(LIMITS), None
             for mode in ("exact", "textbook", "auto", "fast"):
                 with suite.case("correctness", name, shape=shape, mode=mode) as row:
-                    found = reference = formed(suite.merge(row, deltas, rank, repeats=0))
+                    found = reference = formed(time_merge(suite, row, deltas, rank, repeats=0))
                     if mode == "exact":
                         exact = found
                         if kind != validated:
@@ -294,7 +200,7 @@ def time_pieces_of(suite: Suite, n: int) -> None:
     ]
     for name, dtype, work, run, expected in pieces:
         with suite.case("pieces", name, shape=(n, n), dtype=dtype) as row:
-            found = suite.timed(row, work, run)
+            found = timed(suite, row, work, run)
             if products := work.gemm_fp32 + work.gemm_fp64:
                 row["gflops"] = products / row["seconds"] / 1e9
             if found is None:
@@ -335,7 +241,7 @@ def time_merges(suite: Suite, shapes: Sequence[Shape]) -> None:
             with suite.case("merges", "merge", shape=shape, mode=mode) as rows[mode]:
                 if mode == "textbook" and shape[0] * shape[1] > TEXTBOOK:
                     raise TooLong("too large for the textbook")
-                merges[mode] = suite.merge(rows[mode], deltas, min(shape) // EXPERTS)
+                merges[mode] = time_merge(suite, rows[mode], deltas, min(shape) // EXPERTS)
                 if mode == "exact":
                     reference = formed(merges.pop(mode))
                     for earlier, merge in merges.items():
@@ -367,13 +273,14 @@ def time_weight(suite: Suite, name: str, shape: Shape, mode: Any) -> Row:
         base = (0.02 * gaussian()).to(dtype)
         experts = [(base + 1e-3 * gaussian()).to(dtype) for _ in range(EXPERTS)]
         given = (method, "weight", base, experts, [1.0] * EXPERTS, options, dtype)
-        merged = suite.timed(row, plan.work, merge_weight, *given, repeats=1)
+        merged = timed(suite, row, plan.work, merge_weight, *given, repeats=1)
         row |= {"backends": merged.backends, "notes": merged.notes}
     return row
 
 
 def print_table(rows: Sequence[Row]) -> None:
     """Correctness by mode; then every other case, and every one that is not ok."""
+    rows = [row for row in rows if row["part"] in PARTS]
     checked = [row for row in rows if row["part"] == "correctness"]
     for mode in dict.fromkeys(row["mode"] for row in checked):
         ours = [row for row in checked if row["mode"] == mode]
@@ -395,31 +302,10 @@ def print_table(rows: Sequence[Row]) -> None:
             print(*cells, row["status"], row.get("note") or "; ".join(row.get("fallbacks", ())))
 
 
-@torch.no_grad()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite; 1 if the accuracy contract did not hold somewhere."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="The GPU suite.")
-    parser.add_argument("folder", type=Path, metavar="OUTDIR")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="small shapes, to try the suite out")
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds")
-    given = parser.parse_args(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here; --device cpu --quick tries the suite out")
-    torch.set_float32_matmul_precision("highest")
-    given.folder.mkdir(parents=True, exist_ok=True)
-    suite, quick = Suite(given.folder, torch.device(given.device), given.budget), given.quick
-    try:
-        check_correctness(suite, QUICK_CHECKED if quick else CHECKED)
-        time_pieces(suite, (128,) if quick else SIZES)
-        time_merges(suite, ((96, 320), (192, 192)) if quick else MERGES)
-        time_models(suite, {"tiny": (2, 96, 32, 160)} if quick else MODELS)
-    finally:
-        suite.save()
-        print_table(suite.rows)
-    bad = [row for row in suite.rows if row["status"] in ("fail", "error")]
-    return int(any(row["part"] == "correctness" for row in bad))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def measure(suite: Suite, seconds: float, quick: bool) -> None:
+    """Everything about factorisations, in so many seconds."""
+    suite.allot(seconds, PARTS)
+    check_correctness(suite, QUICK_CHECKED if quick else CHECKED)
+    time_pieces(suite, (128,) if quick else SIZES)
+    time_merges(suite, ((96, 320), (192, 192)) if quick else MERGES)
+    time_models(suite, {"tiny": (2, 96, 32, 160)} if quick else MODELS)

@@ -1,0 +1,1 @@
+"""The GPU suite: tests, kernels against the card's roofs, factorisations and whole models."""
