@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +29,18 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def arguments(folder: Path, only: str) -> list[str]:
-    given = ["--out", str(folder), "--device", "cpu", "--quick", "--skip-tests"]
-    return [*given, "--only", only]
+    return ["--out", str(folder), "--device", "cpu", "--quick", "--skip-tests", "--only", only]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part sees what a test has patched."""
+
+    def run_part(suite: run.Suite, part: str, given: Any, seconds: float) -> None:
+        given.only, given.budget = part, seconds
+        run.measure(suite, given)
+
+    monkeypatch.setattr(run, "run_part", run_part)
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
@@ -88,9 +97,7 @@ def test_the_quick_kernels_agree_with_their_references_on_the_cpu(tmp_path: Path
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_gpu_tests_hold_in_the_interpreter() -> None:
-    chosen = (
-        "not_a_number or refused or goes_to or modes or vanishing or quotients or ulp or scales"
-    )
+    chosen = "not_a_number or refused or goes_to or modes or vanishing or quotients or scales"
     command = [sys.executable, "-m", "pytest", "tests/test_gpu_kernels.py", "-k", chosen]
     given = {**os.environ, "RESM_TEST_DEVICE": "cpu"}
     done = subprocess.run(command, cwd=run.ROOT, env=given, capture_output=True, text=True)
@@ -121,7 +128,10 @@ def spoilt(name: str, case: kernels.Case) -> Any:
 
 
 def test_errors_and_the_budget_are_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    in_this_process: None,
 ) -> None:
     given = arguments(tmp_path, "factorisations")
 
@@ -129,16 +139,14 @@ def test_errors_and_the_budget_are_recorded(
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr(factorisations, "judge", broken)
-    monkeypatch.setattr(factorisations, "RATES", {"cpu": Work(*[2e10] * 3, *[1.0] * 4)})
     monkeypatch.setattr(factorisations, "QUICK_CHECKED", {(48, 32): "power"})
-    assert run.main(given) == 0  # at one operation a second nothing is even tried
+    with monkeypatch.context() as slow:
+        slow.setattr(factorisations, "RATES", {"cpu": Work(*[2e10] * 3, *[1.0] * 4)})
+        assert run.main(given) == 0  # at one operation a second nothing is even tried
     skipped = [row for row in rows_in(tmp_path) if row["part"] == "correctness"]
     assert {row["status"] for row in skipped} == {"skipped"}
     assert all("s left to correctness" in row["note"] for row in skipped)
 
-    monkeypatch.undo()
-    monkeypatch.setattr(factorisations, "judge", broken)
-    monkeypatch.setattr(factorisations, "QUICK_CHECKED", {(48, 32): "power"})
     assert run.main(given) == 1
     notes = {row["note"] for row in rows_in(tmp_path) if row["status"] == "error"}
     assert notes == {"RuntimeError: first line"}
@@ -167,19 +175,18 @@ def test_failing_and_hanging_tests_stop_no_measurement(
     monkeypatch.setattr(run, "TESTS", (str(file),))
     monkeypatch.setattr(run, "TESTS_SECONDS", seconds)
 
-    def measured(suite: run.Suite, *given: object) -> None:
-        with suite.case("suite", "reached"):
-            pass
-        raise RuntimeError("a part that ends early")
+    def commands(part: str, *given: object) -> list[str]:
+        return [sys.executable, "-c", "import os; os.abort()" if part == "kernels" else body]
 
-    monkeypatch.setattr(kernels, "measure", measured)
-    monkeypatch.setattr(factorisations, "measure", lambda *given: None)
-    start = time.perf_counter()
-    assert run.main(["--out", str(tmp_path), "--device", "cpu", "--quick"]) == 1
-    assert time.perf_counter() - start < 55
-    tests, reached, early = rows_in(tmp_path)
+    monkeypatch.setattr(run, "part_command", commands)
+    monkeypatch.setattr(run, "GRACE", 1.0)
+    given = ["--out", str(tmp_path), "--device", "cpu", "--quick"]
+    assert run.main([*given, "--budget", str(2 * seconds)]) == 1
+    tests, aborted, *others = rows_in(tmp_path)
     assert said in tests["note"]
     assert tests["status"] == ("ok" if body == "pass" else "fail")
-    assert (reached["status"], early["status"]) == ("ok", "error")
-    assert early["note"] == "RuntimeError: a part that ends early"
+    assert (aborted["name"], aborted["note"]) == ("kernels", "exit code -6")
+    hung = [row["note"] for row in others if row["name"] == "factorisations"]
+    assert len(hung) == ("sleep" in body)
+    assert all(note.startswith("exit code none within") for note in hung)
     assert said in capsys.readouterr().out

@@ -76,7 +76,8 @@ def timed(
 
 def compare_with_textbook(rows: Sequence[Row]) -> None:
     """`ratio`: the textbook's time over a row's own."""
-    known = {(r["name"], r.get("shape"), r.get("mode")): r for r in rows if "seconds" in r}
+    timed_rows = (row for row in rows if row["part"] in PARTS and "seconds" in row)
+    known = {(row["name"], row.get("shape"), row.get("mode")): row for row in timed_rows}
     for (name, shape, _), row in known.items():
         if textbook := known.get((name, shape, "textbook")):
             row["ratio"] = textbook["seconds"] / row["seconds"]

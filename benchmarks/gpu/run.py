@@ -1,4 +1,4 @@
-"""GPU tests, every kernel and every factorisation, in one process tree and one budget.
+"""GPU tests, every kernel and every factorisation, each in a process, in one budget.
 
     python -m benchmarks.gpu.run --out DIR [--device cpu --quick] [--budget SECONDS]
 
@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ from benchmarks.gpu import factorisations, kernels
 from benchmarks.gpu.suite import Suite
 
 TESTS = ("tests/test_gpu.py", "tests/test_gpu_kernels.py")
-TESTS_SECONDS, KERNELS_SECONDS, BUDGET = 150.0, 120.0, 500.0
-"""For the tests and for the kernels, which get what the tests leave, and for everything."""
+TESTS_SECONDS, KERNELS_SECONDS, BUDGET, GRACE = 150.0, 120.0, 490.0, 20.0
+"""For the tests, for the kernels, which get what the tests leave, for everything; and how much
+longer a process may take than it was given."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,10 +33,12 @@ def run_tests(suite: Suite, seconds: float) -> None:
     """The GPU tests in a process of their own; what fails in them stops nothing."""
     log = suite.folder / "gpu_tests.log"
     with suite.case("tests", "pytest") as row, open(log, "w") as file:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5"]
+        command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", *TESTS]
+        command += ["--durations=10", "-o", "faulthandler_timeout=60"]
+        given = os.environ | {"PYTHONUNBUFFERED": "1"}
         try:
             done = subprocess.run(
-                [*command, *TESTS], cwd=ROOT, stdout=file, stderr=file, timeout=seconds
+                command, cwd=ROOT, env=given, stdout=file, stderr=file, timeout=seconds
             )
             code = str(done.returncode)
         except subprocess.TimeoutExpired:
@@ -45,6 +48,30 @@ def run_tests(suite: Suite, seconds: float) -> None:
         row |= {"note": next((line for line in reversed(lines) if line.strip()), "")}
         if code != "0":
             row |= {"status": "fail", "note": f"exit code {code}; {row['note']}"}
+
+
+def part_command(part: str, given: argparse.Namespace, seconds: float) -> list[str]:
+    """One part in a process of its own: a fault of the device ends no other part."""
+    command = [sys.executable, "-m", "benchmarks.gpu.run", "--only", part, "--append"]
+    command += ["--out", str(given.out.resolve()), "--device", given.device]
+    return [*command, "--budget", str(seconds), *(["--quick"] if given.quick else [])]
+
+
+def run_part(suite: Suite, part: str, given: argparse.Namespace, seconds: float) -> None:
+    """Run a part, and take over the rows that it left on disk."""
+    suite.save()
+    try:
+        command = part_command(part, given, seconds)
+        code = str(subprocess.run(command, cwd=ROOT, timeout=seconds + GRACE).returncode)
+    except subprocess.TimeoutExpired:
+        code = f"none within {seconds + GRACE:.0f} s"
+    suite.reload()
+    for row in suite.rows:
+        if row["status"] == "running":
+            row |= {"status": "error", "note": "the process ended here"}
+    if code not in ("0", "1"):
+        with suite.case("suite", part) as row:
+            row |= {"status": "error", "note": f"exit code {code}"}
 
 
 def print_tests(suite: Suite) -> None:
@@ -72,39 +99,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
     parser.add_argument("--only", choices=("kernels", "factorisations"))
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--append", action="store_true", help="one part, to the rows in DIR")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here; --device cpu --quick tries the suite out")
-    if given.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before a kernel imports triton
-    torch.set_float32_matmul_precision("highest")
     given.out.mkdir(parents=True, exist_ok=True)
-    suite, quick = Suite(given.out, torch.device(given.device)), given.quick
-
-    def left() -> float:
-        return max(given.budget - suite.elapsed, 0.0)
-
-    def for_kernels() -> float:
-        if given.only:
-            return left()
-        tests = 0.0 if given.skip_tests else TESTS_SECONDS
-        return min(tests + KERNELS_SECONDS - suite.elapsed, left())
-
-    parts: list[tuple[str, Callable[[], None]]] = []
-    if not given.skip_tests:
-        parts.append(("tests", lambda: run_tests(suite, min(TESTS_SECONDS, left()))))
-    if given.only != "factorisations":
-        parts.append(("kernels", lambda: kernels.measure(suite, for_kernels(), quick)))
-    if given.only != "kernels":
-        parts.append(("factorisations", lambda: factorisations.measure(suite, left(), quick)))
+    suite = Suite(given.out, torch.device(given.device))
+    if given.append:
+        suite.reload()
+        measure(suite, given)
+        return int(failed(suite))
     try:
-        for name, run in parts:
-            try:
-                run()
-            except Exception:
-                traceback.print_exc()
-                with suite.case("suite", name) as row, contextlib.ExitStack():
-                    row |= {"status": "error", "note": traceback.format_exc().splitlines()[-1]}
+        if not given.skip_tests:
+            run_tests(suite, min(TESTS_SECONDS, given.budget))
+        tests = 0.0 if given.skip_tests else TESTS_SECONDS
+        for part in (given.only,) if given.only else ("kernels", "factorisations"):
+            seconds = given.budget - suite.elapsed
+            if part == "kernels" and not given.only:
+                seconds = min(seconds, tests + KERNELS_SECONDS - suite.elapsed)
+            run_part(suite, part, given, max(seconds, 0.0))
     finally:
         suite.save()
         for show in (kernels.print_table, factorisations.print_table):
@@ -112,6 +125,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 show(suite.rows)
         print_tests(suite)
     return int(failed(suite))
+
+
+def measure(suite: Suite, given: argparse.Namespace) -> None:
+    """One part, in this process."""
+    if given.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before a kernel imports triton
+    torch.set_float32_matmul_precision("highest")
+    part = {"kernels": kernels, "factorisations": factorisations}[given.only]
+    try:
+        part.measure(suite, given.budget - suite.elapsed, given.quick)
+    except Exception as error:
+        traceback.print_exc()
+        with suite.case("suite", given.only):
+            raise error
 
 
 if __name__ == "__main__":
