@@ -63,9 +63,8 @@ def test_every_launch_compiles_for_an_h100(tmp_path: Path) -> None:
         assert launch["fp_fusion"] == (launch["kernel"] == "_low_rank_kernel")
         assert launch["cubin"] > 0
         assert launch["shared"] <= SHARED, launch
-        # The store of an odd width spills in the largest tiles, once a tile.
-        odd = launch["kernel"] == "_low_rank_kernel" and not launch["even"]
-        assert odd or launch["stack"] == 0, launch
+        # Odd sizes store entry by entry: a few registers spill there, once a tile.
+        assert not launch["even"] or launch["stack"] == 0, launch
 
 
 def launches() -> Iterator[Any]:

@@ -77,9 +77,8 @@ def run_part(suite: Suite, part: str, given: argparse.Namespace, seconds: float)
 def print_tests(suite: Suite) -> None:
     for row in suite.rows:
         if row["part"] in ("tests", "suite"):
-            print(
-                row["name"], row["status"], row.get("note", ""), *row.get("failed", ()), sep="\n "
-            )
+            print(f"{row['name']}: {row['status']}, {row.get('note', '').strip('= ')}")
+            print(*row.get("failed", ()), sep="\n", end="")
 
 
 def failed(suite: Suite) -> bool:
