@@ -523,7 +523,7 @@ def test_entries_past_two_to_the_31(last_program: Callable[[int], None]) -> None
     mask, dtype = Mask(threshold=40.0, cut=count - 50, density=0.5, key=KEY), torch.bfloat16
     expected = mask_reference.apply_mask(2.0 * origin, mask, count - rest, 1.0)
 
-    last_program(count // elementwise.BLOCK + 1)
+    last_program(count // (elementwise.BLOCK // 2) + 1)
     found = mask_kernel.masked_delta(base, expert, mask, out_dtype=dtype)
     assert same(found[-rest:], expected.bfloat16())
     given = {"scale": 1.0, "out_dtype": dtype}

@@ -54,10 +54,15 @@ def launch(
     count: int,
     first: torch.Tensor,
     *others: object,
-    block: int = BLOCK,
+    block: int | None = None,
     **constants: object,
 ) -> None:
-    """Run an element-wise kernel over `count` entries, on the device of its first argument."""
-    constants |= {"EVEN": count % EVEN == 0, "BLOCK": block, "num_warps": WARPS, **EXACT}
+    """Run an element-wise kernel over `count` entries, on the device of its first argument.
+
+    An uneven count takes a pointer per entry, hence half the entries per program.
+    """
+    even = count % EVEN == 0
+    block = block or (BLOCK if even else BLOCK // 2)
+    constants |= {"EVEN": even, "BLOCK": block, "num_warps": WARPS, **EXACT}
     with torch.cuda.device_of(first):  # Triton launches on the current device
         kernel[(triton.cdiv(count, block),)](first, *others, **constants)
