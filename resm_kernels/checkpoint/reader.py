@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
-import threading
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +22,7 @@ from resm_kernels.checkpoint.layout import (
     read_json,
     read_safetensors_header,
 )
+from resm_kernels.checkpoint.torchfile import TorchTensor, read_torch_file
 from resm_kernels.errors import CheckpointError
 
 
@@ -112,54 +109,29 @@ def _read_file(path: Path) -> WeightFile:
 def _read_torch_file(path: Path) -> WeightFile:
     with open_regular(path) as file:
         stamp = FileStamp.of(os.fstat(file.fileno()))
+        found = read_torch_file(file.fileno(), stamp.size, path)
     tensors, lines = {}, []
-    for name, tensor in load_torch_file(path).items():
+    for name, tensor in found.items():
         dtype = BY_TORCH.get(tensor.dtype)
         if dtype is None:
             raise CheckpointError(f"{path}: tensor {name!r}: unsupported dtype {tensor.dtype}")
         if name == "__metadata__" or not _is_text(name):
             raise CheckpointError(f"{path}: tensor {name!r}: not a name that safetensors can hold")
-        shape = tuple(tensor.shape)
-        tensors[name] = TensorInfo(name, dtype, shape, path, 0, 0)
-        lines.append(f"{name} {dtype.name} {shape}")
+        strides = None if _row_major(tensor) else tensor.strides
+        info = TensorInfo(name, dtype, tensor.shape, path, tensor.start, tensor.stop, strides)
+        tensors[name] = info
+        lines.append(f"{name} {dtype.name} {info.shape} {strides} {info.start}")
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return WeightFile(path, "torch", tensors, {}, digest, stamp)
 
 
-def load_torch_file(path: Path) -> Mapping[str, torch.Tensor]:
-    """Map a `.bin` file's tensors into memory by torch's weights-only loader; no code runs."""
-    fix = "convert it to safetensors with the library that wrote it"
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path}: not a torch file of the zip format (torch 1.6 and newer)", fix=fix
-        )
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds pickled objects other than tensors; they are never loaded", fix=fix
-        ) from error
-    except Exception as error:  # torch's unpickler raises nearly anything on damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{path}: not a readable torch file: {reason}", fix=fix) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: not a flat state dict", got=type(state).__name__, fix=fix)
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{path}: not a flat state dict",
-                got=f"{name!r}: {type(value).__name__}",
-                expected="names and dense tensors",
-                fix=fix,
-            )
-        if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is not dense",
-                got=f"{value.layout} on {value.device}",
-                expected="dense tensors in memory",
-                fix=fix,
-            )
-    return {name: value.detach() for name, value in state.items()}
+def _row_major(tensor: TorchTensor) -> bool:
+    step = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if size != 1 and stride != step and tensor.stop > tensor.start:
+            return False
+        step *= size
+    return True
 
 
 def _is_text(name: str) -> bool:
@@ -176,9 +148,9 @@ def _aliases(file: WeightFile) -> dict[str, str]:
         return {a: k for a, k in file.metadata.items() if a not in file.tensors}
     first: dict[tuple[object, ...], str] = {}
     aliases = {}
-    for name, tensor in load_torch_file(file.path).items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and first.setdefault(key, name) != name:
+    for name, info in file.tensors.items():
+        key = (info.start, info.shape, info.strides, info.dtype)
+        if info.nbytes and first.setdefault(key, name) != name:
             aliases[name] = first[key]
     return aliases
 
@@ -187,19 +159,13 @@ class TensorReader:
     """Reads whole tensors; safe to call from several threads.
 
     Every read opens the file anew and compares its stamp with the plan's, so that a file that
-    was replaced or truncated during a merge is an error, never a wrong result or a SIGBUS
-    (`.bin` files are mapped by torch and are only checked, not protected).
+    was replaced or truncated during a merge is an error, never a wrong result.
     """
-
-    def __init__(self) -> None:
-        self._torch_files: dict[Path, Mapping[str, torch.Tensor]] = {}
-        self._lock = threading.Lock()
 
     def read(self, file: WeightFile, info: TensorInfo) -> torch.Tensor:
         """Return a tensor in memory of its own, in its stored dtype and shape."""
-        if file.format == "torch":
-            return self._read_torch(file, info)
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        size = info.stop - info.start
+        data = torch.empty(size, dtype=torch.uint8)
         view = data.numpy().data
         where = f"{info.file}: tensor {info.name!r}"
         try:
@@ -207,34 +173,29 @@ class TensorReader:
                 descriptor = opened.fileno()
                 check_stamp(file, os.fstat(descriptor))
                 done = 0
-                while done < info.nbytes:
-                    piece = view[done : done + PIECE]
-                    count = os.preadv(descriptor, [piece], info.start + done)
+                while done < size:
+                    count = os.preadv(descriptor, [view[done : done + PIECE]], info.start + done)
                     if count == 0:
                         raise CheckpointError(
                             f"{where}: the file ended early",
-                            got=f"{done} of {info.nbytes} bytes",
+                            got=f"{done} of {size} bytes",
                             fix="the file was truncated during the merge: restore it, then resume",
                         )
                     done += count
         except OSError as error:
             raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
-        return data.view(info.dtype.torch).reshape(info.shape)
-
-    def _read_torch(self, file: WeightFile, info: TensorInfo) -> torch.Tensor:
-        with self._lock:
-            if file.path not in self._torch_files:
-                self._torch_files[file.path] = load_torch_file(file.path)
-            tensor = self._torch_files[file.path][info.name]
-        check_stamp(file, os.stat(file.path))
-        return tensor.clone(memory_format=torch.contiguous_format)
+        flat = data.view(info.dtype.torch)
+        if info.strides is None:
+            return flat.reshape(info.shape)
+        return flat.as_strided(info.shape, info.strides).clone(
+            memory_format=torch.contiguous_format
+        )
 
 
 def same_data(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, TensorInfo]) -> bool:
     """Whether two tensors of one dtype and shape hold the same bytes, read piece by piece."""
-    if "torch" in (first[0].format, second[0].format):
-        reader = TensorReader()
-        return bool(torch.equal(reader.read(*first), reader.read(*second)))
+    if first[1].strides or second[1].strides:
+        return bool(torch.equal(*(TensorReader().read(*one) for one in (first, second))))
     with open_regular(first[1].file) as a, open_regular(second[1].file) as b:
         a.seek(first[1].start)
         b.seek(second[1].start)

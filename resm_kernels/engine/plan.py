@@ -85,7 +85,7 @@ class PlannedTensor:
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs."""
-        return sum(source.info.nbytes for source in self.sources)
+        return sum(source.info.held for source in self.sources)
 
     @property
     def write_bytes(self) -> int:
