@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MAX_TEXT = 10_000
+MAX_TEXT = 4000
 """Most characters of one part of a message."""
 
 
@@ -45,7 +45,10 @@ class ResmError(Exception):
 
 def _cut(text: str, most: int = MAX_TEXT) -> str:
     """Names of 100 MB are legal in a checkpoint, and nobody reads them."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} more characters)"
+    if len(text) <= most:
+        return text
+    start, end = text[: most * 3 // 4], text[-most // 4 :]
+    return f"{start} ...({len(text) - most:,} characters)... {end}"
 
 
 class UsageError(ResmError):

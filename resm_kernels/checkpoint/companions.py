@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from resm_kernels.checkpoint.dtypes import OUT_DTYPES
+from resm_kernels.checkpoint.files import open_regular
 from resm_kernels.checkpoint.layout import Checkpoint
 from resm_kernels.errors import CheckpointError
 
@@ -52,7 +54,7 @@ def companion_files(base: Checkpoint, out_dtype: str | None) -> dict[str, bytes]
     found = [base.folder / name for name in NAMES]
     found += [path for pattern in patterns for path in sorted(base.folder.glob(pattern))]
     for path in found:
-        if path.is_file():
+        if os.path.lexists(path):
             files[path.relative_to(base.folder).as_posix()] = _read(path)
     return files
 
@@ -69,8 +71,9 @@ def _with_dtype(config: Mapping[str, Any], out_dtype: str) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path}: too large for a companion file")
-        return path.read_bytes()
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise CheckpointError(f"{path}: too large for a companion file")
+            return file.read(MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

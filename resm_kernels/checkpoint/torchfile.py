@@ -162,9 +162,9 @@ def _members(descriptor: int, size: int) -> dict[str, Member]:
         raise _Damaged("no end of a zip archive")
     count, length, start = struct.unpack("<10xHII2x", end)
     if _read(descriptor, 4, size - 42) == LOCATOR_64:
-        (where,) = struct.unpack("<8xQ4x", _read(descriptor, 20, size - 42))
+        disk, where, disks = struct.unpack("<4xIQI", _read(descriptor, 20, size - 42))
         record = _read(descriptor, 56, min(where, size))
-        if not record.startswith(END_64):
+        if not record.startswith(END_64) or disk or disks != 1:
             raise _Damaged("no zip64 directory where one is announced")
         count, length, start = struct.unpack("<32xQQQ", record)
     if length > MAX_PICKLE:

@@ -32,7 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable()
     seeds, corpus, found = (options.work / name for name in ("seeds", "corpus", "found"))
-    write_seeds(options.target, seeds / options.target)
+    if not seeds.exists():
+        write_seeds(seeds)
     (corpus / options.target).mkdir(parents=True, exist_ok=True)
     found.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp()) / "x"

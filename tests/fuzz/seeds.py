@@ -1,123 +1,114 @@
-"""Seeds: small healthy and broken files of every kind."""
+"""Where fuzzing starts: the small files of the corpus, and what fuzzing has found so far."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from resm_kernels.checkpoint.dtypes import DTYPES
-from resm_kernels.checkpoint.files import seal
-from resm_kernels.checkpoint.writer import lay_out_shards
-import hashlib
-from tests.hostile.files import entry, safetensors, torch_bytes, torch_zip, weights
-from tests.test_layout import HOSTILE
-from tests.test_recipe import GOOD, MISTAKES
 import torch
 
+from resm_kernels.checkpoint.dtypes import DTYPES
+from resm_kernels.checkpoint.writer import lay_out_shards
+from tests.hostile.cases import CORPUS, RECIPE, Site
+from tests.hostile.files import entry, safetensors, torch_bytes, weights
 
-def write_seeds(target: str, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, data in enumerate(seeds(target)):
-        if len(data) < 8192:
-            (folder / str(i)).write_bytes(data)
+MOST = 8192
+"""Longest seed: mutations of more bytes find less."""
+FILES = {
+    "weights": "in/*/*.safetensors",
+    "index": "in/*/*.index.json",
+    "config": "in/*/config.json",
+    "archive": "in/*/*.bin",
+    "recipe": "recipe.yml",
+}
 
 
-def seeds(target: str) -> list[bytes]:
-    raw = [
-        (h if isinstance(h, bytes) else json.dumps(h).encode(), d) for h, d, _ in HOSTILE.values()
-    ]
-    good = {
+def write_seeds(work: Path) -> None:
+    """Write the seeds of all targets, a folder each, below `work`."""
+    for target, data in (*_from_corpus(work / "corpus"), *_by_hand()):
+        if len(data) <= MOST:
+            path = work / target / hashlib.sha256(data).hexdigest()[:16]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def _from_corpus(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for area, cases in CORPUS.items():
+        for number, case in enumerate(cases):
+            if case.megabytes > 64:
+                continue
+            site = Site(folder / f"{area}-{number}")
+            case.command(site)
+            for target, pattern in FILES.items():
+                for path in site.root.glob(pattern):
+                    if not path.is_symlink() and path.is_file() and path.stat().st_size <= MOST:
+                        yield from _with_parts(target, path.read_bytes())
+
+
+def _with_parts(target: str, data: bytes) -> Iterator[tuple[str, bytes]]:
+    """A file, and what lies inside it behind a length or a checksum."""
+    yield target, data
+    if target == "weights":
+        yield "header", data[8 : 8 + int.from_bytes(data[:8], "little")]
+    elif target == "archive" and data[:2] == b"PK":
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                yield from (
+                    ("pickled", archive.read(name))
+                    for name in archive.namelist()
+                    if name.endswith("data.pkl")
+                )
+        except (zipfile.BadZipFile, ValueError):
+            return
+
+
+def _by_hand() -> Iterator[tuple[str, bytes]]:
+    full = {
         "a": entry(),
         "b": entry(dtype="BF16", shape=[0], data_offsets=[16, 16]),
-        "__metadata__": {"format": "pt", "t": "a"},
+        "__metadata__": {"format": "pt", "tied": "a"},
     }
-    raw.append((json.dumps(good).encode(), bytes(16)))
-    if target == "header":
-        return [h for h, _ in raw]
-    if target == "weights":
-        return [safetensors(h, d) for h, d in raw]
-    if target == "index":
-        m = {
-            "metadata": {"total_size": 16},
-            "weight_map": {"a.weight": "a.safetensors", "b.weight": "b.safetensors"},
-        }
-        return [json.dumps(m).encode()] + [
-            json.dumps({"weight_map": {"a": s}}).encode()
-            for s in ("../x", "/etc/passwd", "..", 5, "model.safetensors.index.json", "x" * 300)
-        ]
-    if target == "config":
-        c = {
-            "model_type": "llama",
-            "torch_dtype": "float32",
-            "tie_word_embeddings": True,
-            "vocab_size": 2,
-            "text_config": {"vocab_size": 2, "dtype": "float32"},
-            "auto_map": {"AutoModel": "m.M"},
-            "quantization_config": {},
-        }
-        return [
-            json.dumps(c).encode(),
-            b'{"a": 1e99}',
-            b'{"quantization_config": {"bits": 4}}',
-            b'{"a": "\\ud800"}',
-            b'{"a":' * 30 + b"1" + b"}" * 30,
-        ]
-    if target == "recipe":
-        return [GOOD.encode(), *(m.encode() for m in MISTAKES)]
-    bins = [
-        torch_bytes({n: t[:2] for n, t in weights(0).items()}),
-        torch_bytes({"p": torch.nn.Parameter(torch.ones(2, 2).T)}),
-        torch_bytes([torch.ones(2)]),
-        torch_bytes(torch.nn.Linear(2, 2).state_dict()),
-        torch_bytes(
-            {"b": torch.ones(2, dtype=torch.bfloat16), "i": torch.ones(3, dtype=torch.int8)}
-        ),
-    ]
-    if target == "archive":
-        return bins
-    if target == "pickled":
+    yield "weights", safetensors(full, bytes(16))
+    yield "header", json.dumps(full).encode()
+    shards = {"a.weight": "a.safetensors", "b.weight": "b.safetensors"}
+    yield "index", json.dumps({"metadata": {"total_size": 16}, "weight_map": shards}).encode()
+    config = {
+        "model_type": "llama",
+        "torch_dtype": "float32",
+        "tie_word_embeddings": True,
+        "vocab_size": 2,
+        "text_config": {"vocab_size": 2, "dtype": "float32"},
+        "auto_map": {"AutoModel": "m.M"},
+        "quantization_config": {},
+    }
+    yield "config", json.dumps(config).encode()
+    every = "parameters: {sigma: [1, 2], rank: fixed, exclude: ['*x*'], mask_noise: true}\n"
+    yield "recipe", (RECIPE.format(base="b", a="x", b="y") + every + "lambda: [{filter: mlp, value: 0.5}]\n").encode()
+    parameter = torch.nn.Parameter(torch.ones(2, 2).T)
+    kept = torch.nn.Linear(2, 2).state_dict()
+    wide = {"u": torch.ones(2, dtype=torch.uint16), "s": weights(0)["layers.0.weight"][1:3, ::2]}
+    for state in ({"p": parameter}, kept, wide):
+        yield from _with_parts("archive", torch_bytes(state))
 
-        def inner(b: bytes) -> bytes:
-            z = zipfile.ZipFile(io.BytesIO(b))
-            return z.read(next(n for n in z.namelist() if n.endswith("data.pkl")))
-
-        return [inner(b) for b in bins] + [b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."]
-    if target == "journal":
-        (layout,) = lay_out_shards([("w", DTYPES["F32"], (2,))], 1 << 20)
-        result = {
-            "name": "w",
-            "rule": "copy",
-            "reason": None,
-            "shape": [2],
-            "ranks": [],
-            "weights": [1.0],
-        }
-        line = {
-            "shard": layout.name,
-            "sha256": hashlib.sha256(layout.header + bytes(8)).hexdigest(),
-            "digests": {"w": hashlib.sha256(bytes(8)).hexdigest()},
-            "results": {"w": result},
-        }
-        return [
-            json.dumps(line).encode() + b"\n",
-            b"{}\n",
-            b"[1]\n",
-            json.dumps({**line, "shard": []}).encode(),
-            json.dumps({**line, "digests": 3}).encode(),
-        ]
-    if target == "manifest":
-        d = hashlib.sha256(bytes(8)).hexdigest()
-        c = {
-            "format": 1,
-            "plan_id": "p",
-            "files": {"w": {"size": 8, "sha256": d}},
-            "tensors": {"t": {"file": "w", "range": [0, 8], "sha256": d}},
-        }
-        return [
-            json.dumps(c).encode(),
-            json.dumps({**c, "files": {"../x": {"size": 8}}}).encode(),
-            json.dumps({**c, "tensors": []}).encode(),
-        ]
-    raise AssertionError(target)
+    (layout,) = lay_out_shards([("w", DTYPES["F32"], (2,))], 1 << 20)
+    digest = hashlib.sha256(bytes(8)).hexdigest()
+    result = {"name": "w", "rule": "copy", "reason": None, "shape": [2], "weights": [1.0]}
+    line = {
+        "shard": layout.name,
+        "sha256": hashlib.sha256(layout.header + bytes(8)).hexdigest(),
+        "digests": {"w": digest},
+        "results": {"w": result},
+    }
+    changes = ({}, {"shard": []}, {"digests": 3}, {"digests": {"w": 1}}, {"results": {"w": 3}})
+    for change in changes:  # the last four were found by fuzzing
+        yield "journal", json.dumps({**line, **change}).encode() + b"\n"
+    tensor = {"file": "w", "range": [0, 8], "sha256": digest}
+    listed = {"w": {"size": 8, "sha256": digest}}
+    manifest = {"format": 1, "plan_id": "p", "files": listed, "tensors": {"t": tensor}}
+    outside = {"../x": {"size": 8}}
+    for change in ({}, {"files": outside}, {"tensors": []}, {"files": {"w": {"size": "8"}}}):
+        yield "manifest", json.dumps({**manifest, **change}).encode()

@@ -16,7 +16,7 @@ from resm_kernels.checkpoint.dtypes import DTYPES
 from resm_kernels.checkpoint.files import canonical_json, seal
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, REPORT, OutputFolder
-from resm_kernels.checkpoint.layout import parse_json, read_safetensors_header
+from resm_kernels.checkpoint.layout import parse_json
 from resm_kernels.checkpoint.manifest import verify_folder
 from resm_kernels.checkpoint.reader import TensorReader, open_checkpoint
 from resm_kernels.checkpoint.writer import lay_out_shards
@@ -31,6 +31,8 @@ Target = Callable[[bytes, Path], None]
 
 MOST = 4096
 """Bytes of data that a generated file may claim and get."""
+LONGEST = 20_000
+"""Characters of the longest message."""
 
 
 def weights(data: bytes, folder: Path) -> None:
@@ -155,12 +157,15 @@ TARGETS: dict[str, Target] = {
 }  # fmt: skip
 
 
-def replay(target: Target, data: bytes, folder: Path) -> None:
-    """Run a target once in a fresh folder; our own errors are answers, all else is a finding."""
+def replay(target: Target, data: bytes, folder: Path) -> str | None:
+    """Run a target once in a fresh folder; the message of our own error, all else is a finding."""
     folder.mkdir()
+    message = None
     try:
         target(data, folder)
     except ResmError as error:
-        assert len(str(error)) < 20_000, "an endless message"
+        message = str(error)
     finally:
         shutil.rmtree(folder)
+    assert message is None or len(message) < LONGEST, "an endless message"
+    return message

@@ -46,14 +46,14 @@ def entry(**changes: object) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def torch_zip(program: bytes, storages: Mapping[str, bytes] = {}) -> bytes:  # noqa: B006
+def torch_zip(program: bytes, storages: Mapping[str, bytes] | None = None) -> bytes:
     """A `.bin` in torch's zip format whose pickle is exactly `program`."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", program)
         archive.writestr("archive/byteorder", "little")
         archive.writestr("archive/version", "3\n")
-        for key, data in storages.items():
+        for key, data in (storages or {}).items():
             archive.writestr(f"archive/data/{key}", data)
     return file.getvalue()
 
