@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench spectral chart gpu clean
+.PHONY: demo test lint fuzz bench spectral chart gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -18,6 +18,11 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Seconds for each of the nine targets; needs a Python that atheris has wheels for (3.11 to 3.13).
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/fuzz.done
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --work build/fuzz
 
 bench: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds --benchmark-group-by=group

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -67,3 +71,82 @@ def test_hostile(
         assert not {"\x1b", "\x07"} & set(err)
         assert len(err) < 50_000
     assert after == before
+
+
+WATCHED = """
+import json, sys
+from tests.hostile.guard import Guard
+from resm_kernels.cli import main
+class Impatient(Guard):
+    def _hear(self, event, arguments):
+        super()._hear(event, arguments)
+        if event == "socket.connect":
+            raise KeyboardInterrupt  # or the Hub's client tries again and again
+guard = Impatient([])
+status = main(sys.argv[1:])
+print(json.dumps([status, [event for event in guard.found if event.startswith("socket.")]]))
+"""
+
+
+def watched(argv: list[str], home: Path) -> tuple[int, list[str]]:
+    """The command in a fresh process whose Hub is a closed port of this machine."""
+    settings = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", WATCHED, *argv]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=80, env={**os.environ, **settings}
+    )
+    status, events = json.loads(done.stdout.splitlines()[-1])
+    return status, events
+
+
+@pytest.mark.timeout(180)
+def test_only_a_hub_id_opens_a_socket(tmp_path: Path) -> None:
+    site = Site(tmp_path / "site")
+    assert watched(site.argv(), tmp_path / "home") == (0, [])
+    argv = ["merge", "--base", str(site.base), "--expert", "some/model", str(site.root / "other")]
+    status, events = watched(argv, tmp_path / "home")
+    assert status == 130
+    assert [event for event in events if "127.0.0.1" in event]
+
+
+FORBIDDEN = """
+import os, socket, subprocess, sys
+from pathlib import Path
+from tests.hostile.guard import Guard
+root = Path(sys.argv[1])
+(root / "in").mkdir()
+(root / "in" / "code.py").write_text("1")
+(root / "ours").mkdir()
+guard = Guard([root / "ours"], root / "in")
+open(root / "ours" / "file", "w").close()
+open(root / "ours" / "file").close()
+os.rename(root / "ours" / "file", root / "ours" / "other")
+os.unlink(root / "ours" / "other")
+open(os.devnull, "w").close()
+assert guard.found == [], guard.found
+deeds = [
+    lambda: open(root / "file", "w").close(),
+    lambda: open(root / "ours" / ".." / "file", "a").close(),
+    lambda: os.mkdir(root / "oursandmore"),
+    lambda: os.rename(root / "file", root / "ours" / "file"),
+    lambda: os.symlink(root / "in", root / "link"),
+    lambda: os.chmod(root / "in", 0o700),
+    lambda: subprocess.run(["true"]),
+    lambda: os.system("true"),
+    lambda: socket.socket().connect_ex(("127.0.0.1", 1)),
+    lambda: exec(compile("1", root / "in" / "code.py", "exec")),
+    lambda: os.unlink("code.py", dir_fd=os.open(root / "in", os.O_RDONLY)),
+]
+for number, deed in enumerate(deeds):
+    guard.found.clear()
+    deed()
+    assert guard.found, number
+print("heard", len(deeds))
+"""
+
+
+def test_the_guard_hears_all_it_must(tmp_path: Path) -> None:
+    """Without this the corpus would prove nothing about writes, sockets and code."""
+    command = [sys.executable, "-c", FORBIDDEN, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "heard 11\n", done.stderr

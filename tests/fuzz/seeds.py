@@ -86,8 +86,10 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
         "quantization_config": {},
     }
     yield "config", json.dumps(config).encode()
-    every = "parameters: {sigma: [1, 2], rank: fixed, exclude: ['*x*'], mask_noise: true}\n"
-    yield "recipe", (RECIPE.format(base="b", a="x", b="y") + every + "lambda: [{filter: mlp, value: 0.5}]\n").encode()
+    recipe = RECIPE.format(base="b", a="x", b="y")
+    recipe += "parameters: {sigma: [1, 2], rank: fixed, exclude: ['*x*'], mask_noise: true}\n"
+    recipe += "lambda: [{filter: mlp, value: 0.5}]\n"
+    yield "recipe", recipe.encode()
     parameter = torch.nn.Parameter(torch.ones(2, 2).T)
     kept = torch.nn.Linear(2, 2).state_dict()
     wide = {"u": torch.ones(2, dtype=torch.uint16), "s": weights(0)["layers.0.weight"][1:3, ::2]}

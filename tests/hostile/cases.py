@@ -731,10 +731,13 @@ def no_configs(site: Site) -> None:
 
 
 def with_code(site: Site) -> None:
-    """Python files beside the weights, one of which the config asks for."""
+    """Python files beside the weights, and a config that asks for them and for others."""
     (site.a / "extra.py").write_text("raise SystemExit")
     (site.base / "modeling.py").write_text("import os; os.mkdir('code-ran')")
-    (site.base / "config.json").write_text('{"auto_map": {"AutoModel": "modeling.Model"}}')
+    names = {"AutoModel": "modeling.Model", "AutoConfig": "elsewhere/code--modeling.Config"}
+    config = {"auto_map": names, "_name_or_path": "elsewhere/model", "trust_remote_code": True}
+    (site.base / "config.json").write_text(json.dumps(config))
+    (site.base / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 STRANGE = [

@@ -38,7 +38,7 @@ def run(root: Path, argv: list[str], log: Path, answer: Connection) -> None:
     with open("/proc/self/statm") as statm:
         size = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + CEILING, size + CEILING))
-    guard = Guard([root / "work" / "merged", root / "work" / "merged.partial"])
+    guard = Guard([root / "work" / "merged", root / "work" / "merged.partial"], root / "in")
     before, start = _peak(), time.perf_counter()
     try:
         status = main(argv)

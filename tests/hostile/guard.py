@@ -31,10 +31,13 @@ class Guard:
     ----------
     writable : iterable of path
         Where files may be made and changed: those paths and what lies below.
+    data : path, optional
+        Nothing below it may be run as Python code.
     """
 
-    def __init__(self, writable: Iterable[Path]) -> None:
+    def __init__(self, writable: Iterable[Path], data: Path | None = None) -> None:
         self.writable = tuple(os.path.realpath(path) for path in writable)
+        self.data = data and os.path.realpath(data)
         self.found: list[str] = []
         sys.addaudithook(self._hear)
 
@@ -50,6 +53,10 @@ class Guard:
             if event != "os.symlink":
                 self._check(event, arguments[0])
             self._check(event, arguments[1])
+        elif event == "exec" and self.data is not None:
+            name = getattr(arguments[0], "co_filename", "")
+            if os.path.realpath(name).startswith(self.data):
+                self.found.append(f"{event} {name}")
         elif event.startswith(NEVER) and event != "socket.gethostname":
             self.found.append(f"{event} {arguments!r}"[:200])
 
