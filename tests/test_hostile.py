@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 
 from tests.hostile.cases import CORPUS, Case, Site
-from tests.hostile.child import Answer, run
+from tests.hostile.child import Answer, run, run_with_closed_hub
 from tests.hostile.files import snapshot
 
 CASES = [pytest.param(case, id=f"{area}: {case.name}") for area, t in CORPUS.items() for case in t]
@@ -27,10 +26,16 @@ def server() -> ForkServerContext:
     return context
 
 
-def answer(server: ForkServerContext, root: Path, argv: list[str], log: Path) -> Answer:
+def answer(
+    server: ForkServerContext,
+    root: Path,
+    argv: list[str],
+    log: Path,
+    work: Callable[..., None] = run,
+) -> Answer:
     log.mkdir()
     ours, theirs = server.Pipe(duplex=False)
-    process = server.Process(target=run, args=(root, argv, log, theirs))
+    process = server.Process(target=work, args=(root, argv, log, theirs))
     process.start()
     theirs.close()
     try:
@@ -73,40 +78,14 @@ def test_hostile(
     assert after == before
 
 
-WATCHED = """
-import json, sys
-from tests.hostile.guard import Guard
-from resm_kernels.cli import main
-class Impatient(Guard):
-    def _hear(self, event, arguments):
-        super()._hear(event, arguments)
-        if event == "socket.connect":
-            raise KeyboardInterrupt  # or the Hub's client tries again and again
-guard = Impatient([])
-status = main(sys.argv[1:])
-print(json.dumps([status, [event for event in guard.found if event.startswith("socket.")]]))
-"""
-
-
-def watched(argv: list[str], home: Path) -> tuple[int, list[str]]:
-    """The command in a fresh process whose Hub is a closed port of this machine."""
-    settings = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", WATCHED, *argv]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=80, env={**os.environ, **settings}
-    )
-    status, events = json.loads(done.stdout.splitlines()[-1])
-    return status, events
-
-
-@pytest.mark.timeout(180)
-def test_only_a_hub_id_opens_a_socket(tmp_path: Path) -> None:
+@pytest.mark.timeout(90)
+def test_only_a_hub_id_opens_a_socket(tmp_path: Path, server: ForkServerContext) -> None:
+    """Every local case above opened none; this one asks the Hub, here a closed port."""
     site = Site(tmp_path / "site")
-    assert watched(site.argv(), tmp_path / "home") == (0, [])
-    argv = ["merge", "--base", str(site.base), "--expert", "some/model", str(site.root / "other")]
-    status, events = watched(argv, tmp_path / "home")
-    assert status == 130
-    assert [event for event in events if "127.0.0.1" in event]
+    argv = ["merge", "--base", str(site.base), "--expert", "some/model", str(site.out)]
+    found = answer(server, site.root, argv, tmp_path / "log", run_with_closed_hub)
+    assert found.status == 130
+    assert [event for event in found.forbidden if "127.0.0.1" in event]
 
 
 FORBIDDEN = """

@@ -10,9 +10,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub  # noqa: F401  loaded before the fork, so that each case pays for itself only
+from huggingface_hub import constants
 
-from resm_kernels import api  # noqa: F401
+from resm_kernels import api  # noqa: F401  loaded before the fork: each case pays for itself
 from resm_kernels.cli import main
 from resm_kernels.report import progress, tables  # noqa: F401
 from tests.hostile.guard import Guard
@@ -48,6 +48,19 @@ def run(root: Path, argv: list[str], log: Path, answer: Connection) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     answer.send(Answer(status, (_peak() - before) / 1024, seconds, guard.found))
+
+
+def run_with_closed_hub(root: Path, argv: list[str], log: Path, answer: Connection) -> None:
+    """As `run`, with a Hub that is asked once."""
+    constants.ENDPOINT = "http://127.0.0.1:1"
+    constants.HF_HUB_CACHE = str(log)
+    sys.addaudithook(_interrupt_connections)
+    run(root, argv, log, answer)
+
+
+def _interrupt_connections(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "socket.connect":
+        raise KeyboardInterrupt  # or the Hub's client would try again and again
 
 
 def _peak() -> int:
