@@ -366,6 +366,8 @@ VERIFICATIONS = [
     bad("report FIFO", at(REPORT, replaced_by(os.mkfifo)), REPORT),
     bad("manifest changed", at(MANIFEST, lambda p: p.write_text(p.read_text().replace(NORM, L1))),
         f"{MANIFEST}: damaged"),
+    bad("manifest of 300 MB", at(MANIFEST, lambda p: os.truncate(p, 300 << 20)),
+        f"{MANIFEST}: too long", "314,572,800 bytes"),
     bad("manifest empty", at(MANIFEST, lambda p: p.write_text("")), f"{MANIFEST}: damaged"),
     bad("manifest deep", at(MANIFEST, lambda p: p.write_text("[" * 10**5)),
         f"{MANIFEST}: damaged"),
@@ -432,9 +434,11 @@ def journal_is_fifo(site: Site) -> list[str]:
     return site.argv(*SHARDED, RESUME)
 
 
-def without_results(lines: list[bytes]) -> list[bytes]:
-    shard = {**json.loads(lines[1]), "results": {}}
-    return [lines[0], canonical_json(shard) + b"\n"]
+def entry_with(**changes: object) -> Arrange:
+    """A first shard of which the journal says something else, in the form it is written in."""
+    return journal(
+        lambda lines: [lines[0], canonical_json({**json.loads(lines[1]), **changes}) + b"\n"]
+    )
 
 
 EITHER = [
@@ -461,7 +465,11 @@ EITHER = [
     bad("journal cut short", journal(lambda lines: [*lines[:-1], lines[-1][:50]])),
     bad("journal of unknown shards", journal(lambda lines: [lines[0], b'{"shard":"x"}\n'])),
     bad("journal without a shard", journal(lambda lines: [lines[0], b"{}\n"])),
-    bad("journal without results", journal(without_results)),
+    bad("journal without results", entry_with(results={})),
+    bad("journal with numbers for digests", entry_with(digests=3)),
+    bad("journal with a list for a shard", entry_with(shard=[])),
+    bad("journal with a number for a result", entry_with(results={L0: 3})),
+    bad("journal with an unknown result", entry_with(results={L0: {"x": 1}})),
 ]  # fmt: skip
 
 

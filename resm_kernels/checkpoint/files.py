@@ -125,11 +125,14 @@ def unseal(path: Path) -> dict[str, Any]:
     """Read a sealed JSON file; VerificationError where a single byte differs."""
     try:
         with open_regular(path) as file:
-            raw = file.read(MAX_SEALED + 1)
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_SEALED:
+                raise VerificationError(
+                    f"{path}: too long", got=f"{size:,} bytes", expected=f"at most {MAX_SEALED:,}"
+                )
+            raw = file.read(MAX_SEALED)
     except OSError as error:
         raise VerificationError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(raw) > MAX_SEALED:
-        raise VerificationError(f"{path}: too long", expected=f"at most {MAX_SEALED:,} bytes")
     damaged = VerificationError(f"{path}: damaged: it does not match its own digest")
     try:
         content = json.loads(raw)

@@ -28,6 +28,8 @@ SECONDS_EACH = 10
 def fuzz(name: str, seconds: int, work: Path) -> None:
     """Fuzz a target until the time is over or something is found; does not return."""
     logging.disable()
+    folders = [work / "corpus" / name, work / "seeds" / name]
+    folders[0].mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp()) / "x"
     guard = Guard([folder])
 
@@ -35,8 +37,6 @@ def fuzz(name: str, seconds: int, work: Path) -> None:
         replay(TARGETS[name], data, folder)
         assert guard.found == [], guard.found
 
-    folders = [work / "corpus" / name, work / "seeds" / name]
-    folders[0].mkdir(parents=True, exist_ok=True)
     flags = {
         "max_total_time": seconds,
         "timeout": SECONDS_EACH,
