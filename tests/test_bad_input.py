@@ -273,6 +273,30 @@ def replaced_by(make: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 RESUME = "--resume"
+
+
+def journal(change: Callable[[list[bytes]], Iterable[bytes]]) -> Arrange:
+    """Resume an interrupted merge after its journal was changed line by line."""
+
+    def arrange(site: Site) -> list[str]:
+        site.leave_unfinished()
+        path = site.partial / "resm_journal.jsonl"
+        path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+        return site.argv(*SHARDED, RESUME)
+
+    return arrange
+
+
+def entry_with(**changes: object) -> Arrange:
+    """A first shard of which the journal says something else, in the form it is written in."""
+
+    def change(lines: list[bytes]) -> list[bytes]:
+        return [lines[0], canonical_json({**json.loads(lines[1]), **changes}) + b"\n", *lines[2:]]
+
+    return journal(change)
+
+
+AGAIN = ("resm_journal.jsonl", f"shard {SHARDS[0]!r}", "not the result", "to have it merged again")
 OUTPUTS = [
     bad("not empty", output("work/merged", occupied), "work/merged: exists and is not empty"),
     bad("not empty, with --resume", output("work/merged", occupied, RESUME), "is not empty"),
@@ -302,6 +326,8 @@ OUTPUTS = [
         "merged.partial", "has another plan", "resume with the recipe it was started with"),
     bad("kept shard changed", unfinished(RESUME, damage=flip_last),
         f"{SHARDS[1]}: changed after it was finished", NORM),
+    bad("kept result is a number", entry_with(results={L0: 3}), *AGAIN),
+    bad("kept result is unknown", entry_with(results={L0: {"x": 1}}), *AGAIN),
     bad("kept shard is a folder", unfinished(RESUME, damage=replaced_by(Path.mkdir)), SHARDS[1]),
     bad("kept shard is a FIFO", unfinished(RESUME, damage=replaced_by(os.mkfifo)), SHARDS[1]),
 ]  # fmt: skip
@@ -406,18 +432,6 @@ def options(*words: str) -> Arrange:
     return lambda site: site.argv(*words)
 
 
-def journal(change: Callable[[list[bytes]], Iterable[bytes]]) -> Arrange:
-    """Resume an interrupted merge after its journal was changed line by line."""
-
-    def arrange(site: Site) -> list[str]:
-        site.leave_unfinished()
-        path = site.partial / "resm_journal.jsonl"
-        path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
-        return site.argv(*SHARDED, RESUME)
-
-    return arrange
-
-
 def base_not_utf8(site: Site) -> None:
     path = os.fsdecode(os.fsencode(site.base) + b"\xff")
     os.rename(site.base, path)
@@ -432,13 +446,6 @@ def journal_is_fifo(site: Site) -> list[str]:
     site.leave_unfinished()
     replaced_by(os.mkfifo)(site.partial / "resm_journal.jsonl")
     return site.argv(*SHARDED, RESUME)
-
-
-def entry_with(**changes: object) -> Arrange:
-    """A first shard of which the journal says something else, in the form it is written in."""
-    return journal(
-        lambda lines: [lines[0], canonical_json({**json.loads(lines[1]), **changes}) + b"\n"]
-    )
 
 
 EITHER = [
@@ -468,8 +475,6 @@ EITHER = [
     bad("journal without results", entry_with(results={})),
     bad("journal with numbers for digests", entry_with(digests=3)),
     bad("journal with a list for a shard", entry_with(shard=[])),
-    bad("journal with a number for a result", entry_with(results={L0: 3})),
-    bad("journal with an unknown result", entry_with(results={L0: {"x": 1}})),
 ]  # fmt: skip
 
 
