@@ -22,7 +22,7 @@ CEILING = 4 << 30
 
 
 class Answer(NamedTuple):
-    """What the command did, and what that took."""
+    """What the command did, and what that took: peak memory above the start, CPU seconds."""
 
     status: int
     megabytes: float
@@ -39,12 +39,12 @@ def run(root: Path, argv: list[str], log: Path, answer: Connection) -> None:
         size = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + CEILING, size + CEILING))
     guard = Guard([root / "work" / "merged", root / "work" / "merged.partial"], root / "in")
-    before, start = _peak(), time.perf_counter()
+    before, start = _peak(), time.process_time()
     try:
         status = main(argv)
     except SystemExit as stop:
         status = int(stop.code or 0)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     sys.stdout.flush()
     sys.stderr.flush()
     answer.send(Answer(status, (_peak() - before) / 1024, seconds, guard.found))
