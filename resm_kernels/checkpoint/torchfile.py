@@ -88,8 +88,11 @@ class _Global(str):
 
 
 class _Storage(NamedTuple):
+    """`size` counts elements, or bytes where there is no dtype; it may be anything."""
+
     dtype: torch.dtype | None
     key: str
+    size: Any
 
 
 class _View(NamedTuple):
@@ -114,6 +117,8 @@ def read_torch_file(descriptor: int, size: int, path: Path) -> dict[str, TorchTe
     try:
         members = _members(descriptor, size)
         folder = next(iter(members)).split("/")[0]
+        if strays := [n for n in members if not n.startswith(f"{folder}/")]:
+            raise _Damaged(f"{strays[0][:80]!r} lies outside the folder {folder[:80]!r}")
         order = _content(descriptor, members, f"{folder}/byteorder", b"little")
         if order != b"little":
             raise _Damaged(f"byte order {order[:8]!r}")
@@ -340,10 +345,10 @@ def _set(target: object, items: list[Any]) -> None:
 
 def _storage(value: object) -> _Storage:
     if isinstance(value, tuple) and len(value) == 5:
-        tag, kind, key, _, _ = value
+        tag, kind, key, _, size = value
         known = isinstance(kind, _Global) and (kind == UNTYPED or kind in STORAGES)
         if tag == "storage" and known and isinstance(key, str):
-            return _Storage(STORAGES.get(kind), key)
+            return _Storage(STORAGES.get(kind), key, size)
     raise _Damaged("a storage of an unknown kind")
 
 
@@ -364,9 +369,12 @@ def _call(function: object, arguments: object) -> Any:
 
 def _place(view: _View, member: Member | None) -> TorchTensor:
     """The bytes of a view, once its numbers are known to be numbers and to lie in its storage."""
-    dtype, _, offset, shape, strides = view
+    dtype, storage, offset, shape, strides = view
     if dtype is None or member is None:
         raise _Damaged("no dtype, or no data in the archive")
+    unit = storage.dtype.itemsize if storage.dtype else 1
+    if not are_sizes((storage.size,)) or storage.size * unit != member.size:
+        raise _Damaged(f"its storage has {member.size} bytes, not what the pickle says")
     if not isinstance(shape, tuple) or not is_shape(shape):
         raise _Damaged("the shape must be sizes whose product is below 2**63")
     if not isinstance(strides, tuple) or len(strides) != len(shape):

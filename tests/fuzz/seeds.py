@@ -57,11 +57,10 @@ def _with_parts(target: str, data: bytes) -> Iterator[tuple[str, bytes]]:
     elif target == "archive" and data[:2] == b"PK":
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                yield from (
-                    ("pickled", archive.read(name))
-                    for name in archive.namelist()
-                    if name.endswith("data.pkl")
-                )
+                sizes = {i.filename.partition("/")[2]: i.file_size // 4 for i in archive.infolist()}
+                lengths = bytes(min(sizes.get(f"data/{key}", 0), 255) for key in (0, 1))
+                programs = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                yield from (("pickled", lengths + archive.read(name)) for name in programs)
         except (zipfile.BadZipFile, ValueError):
             return
 

@@ -109,8 +109,9 @@ def archive(data: bytes, folder: Path) -> None:
 
 
 def pickled(data: bytes, folder: Path) -> None:
-    """The pickle inside a `.bin` file, beside two storages of 64 bytes."""
-    archive(torch_zip(data, {"0": bytes(64), "1": bytes(64)}), folder)
+    """The pickle inside a `.bin` file, after two bytes that say how long two storages are."""
+    sizes = [*data[:2], 0, 0]
+    archive(torch_zip(data[2:], {"0": bytes(4 * sizes[0]), "1": bytes(4 * sizes[1])}), folder)
 
 
 def journal(data: bytes, folder: Path) -> None:
