@@ -109,7 +109,7 @@ def _read_file(path: Path) -> WeightFile:
 def _read_torch_file(path: Path) -> WeightFile:
     with open_regular(path) as file:
         stamp = FileStamp.of(os.fstat(file.fileno()))
-        found = read_torch_file(file.fileno(), stamp.size, path)
+        found = read_torch_file(file, stamp.size, path)
     tensors, lines = {}, []
     for name, tensor in found.items():
         dtype = BY_TORCH.get(tensor.dtype)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pickletools
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -105,7 +104,7 @@ class _View(NamedTuple):
     strides: Any
 
 
-def read_torch_file(descriptor: int, size: int, path: Path) -> dict[str, TorchTensor]:
+def read_torch_file(file: BinaryIO, size: int, path: Path) -> dict[str, TorchTensor]:
     """Where every tensor of an open `.bin` file lies; no tensor data is read.
 
     Raises
@@ -115,14 +114,14 @@ def read_torch_file(descriptor: int, size: int, path: Path) -> dict[str, TorchTe
     """
     fix = "convert it to safetensors with the library that wrote it"
     try:
-        members = _members(descriptor, size)
+        members = _members(file, size)
         folder = next(iter(members)).split("/")[0]
         if strays := [n for n in members if not n.startswith(f"{folder}/")]:
             raise _Damaged(f"{strays[0][:80]!r} lies outside the folder {folder[:80]!r}")
-        order = _content(descriptor, members, f"{folder}/byteorder", b"little")
+        order = _content(file, members, f"{folder}/byteorder", b"little")
         if order != b"little":
             raise _Damaged(f"byte order {order[:8]!r}")
-        state = _run(_content(descriptor, members, f"{folder}/data.pkl"))
+        state = _run(_content(file, members, f"{folder}/data.pkl"))
     except _Foreign as error:
         raise CheckpointError(
             f"{path}: holds pickled objects other than tensors; they are never loaded",
@@ -153,28 +152,31 @@ def read_torch_file(descriptor: int, size: int, path: Path) -> dict[str, TorchTe
     return tensors
 
 
-def _read(descriptor: int, size: int, offset: int) -> bytes:
-    raw = os.pread(descriptor, size, offset) if offset >= 0 else b""
+def _read(file: BinaryIO, size: int, offset: int) -> bytes:
+    raw = b""
+    if offset >= 0:
+        file.seek(offset)
+        raw = file.read(size)
     if len(raw) != size:
         raise _Damaged(f"{size} bytes at {offset} lie outside the file")
     return raw
 
 
-def _members(descriptor: int, size: int) -> dict[str, Member]:
+def _members(file: BinaryIO, size: int) -> dict[str, Member]:
     """The archive's files by name; compressed, encrypted or repeated ones are refused."""
-    end = _read(descriptor, 22, size - 22)
+    end = _read(file, 22, size - 22)
     if not end.startswith(END):
         raise _Damaged("no end of a zip archive")
     count, length, start = struct.unpack("<10xHII2x", end)
-    if _read(descriptor, 4, size - 42) == LOCATOR_64:
-        disk, where, disks = struct.unpack("<4xIQI", _read(descriptor, 20, size - 42))
-        record = _read(descriptor, 56, min(where, size))
+    if _read(file, 4, size - 42) == LOCATOR_64:
+        disk, where, disks = struct.unpack("<4xIQI", _read(file, 20, size - 42))
+        record = _read(file, 56, min(where, size))
         if not record.startswith(END_64) or disk or disks != 1:
             raise _Damaged("no zip64 directory where one is announced")
         count, length, start = struct.unpack("<32xQQQ", record)
     if length > MAX_PICKLE:
         raise _Damaged(f"a zip directory of {length} bytes")
-    directory = _read(descriptor, length, min(start, size))
+    directory = _read(file, length, min(start, size))
     members: dict[str, Member] = {}
     position = 0
     try:
@@ -182,7 +184,7 @@ def _members(descriptor: int, size: int) -> dict[str, Member]:
             name, member, position = _entry(directory, position)
             if name in members:
                 raise _Damaged(f"{name[:80]!r} stands twice in the archive")
-            local = _read(descriptor, 30, min(member.start, size))
+            local = _read(file, 30, min(member.start, size))
             names, extra = struct.unpack("<26xHH", local)
             if local[:4] != b"PK\x03\x04":
                 raise _Damaged(f"no file {name[:80]!r} where the directory has it")
@@ -226,7 +228,7 @@ def _wide_values(fields: bytes) -> Iterator[int]:
 
 
 def _content(
-    descriptor: int, members: dict[str, Member], name: str, default: bytes | None = None
+    file: BinaryIO, members: dict[str, Member], name: str, default: bytes | None = None
 ) -> bytes:
     member = members.get(name)
     if member is None:
@@ -235,7 +237,7 @@ def _content(
         return default
     if member.size > MAX_PICKLE:
         raise _Damaged(f"{name[:80]!r} is longer than {MAX_PICKLE} bytes")
-    raw = _read(descriptor, member.size, member.start)
+    raw = _read(file, member.size, member.start)
     if zlib.crc32(raw) != member.crc:
         raise _Damaged(f"{name[:80]!r} does not match its checksum")
     return raw
