@@ -288,10 +288,11 @@ def journal(change: Callable[[list[bytes]], Iterable[bytes]]) -> Arrange:
 
 
 def entry_with(**changes: object) -> Arrange:
-    """A first shard of which the journal says something else, in the form it is written in."""
+    """The first shard's line in the journal, saying something else in the form it is written in."""
 
     def change(lines: list[bytes]) -> list[bytes]:
-        return [lines[0], canonical_json({**json.loads(lines[1]), **changes}) + b"\n", *lines[2:]]
+        first, other = sorted(lines[1:], key=lambda line: SHARDS[0].encode() not in line)
+        return [lines[0], canonical_json({**json.loads(first), **changes}) + b"\n", other]
 
     return journal(change)
 

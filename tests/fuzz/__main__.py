@@ -60,11 +60,11 @@ def fuzz_each(seconds: int, work: Path) -> int:
             options = ["--seconds", str(seconds), "--work", str(work)]
             status = subprocess.run([*command, *options], stdout=file, stderr=file).returncode
         text = log.read_text(errors="replace")
-        runs = re.findall(r"number_of_executed_units: (\d+)", text)
-        coverage = re.findall(r"cov: (\d+)", text)
+        runs = re.findall(r"number_of_executed_units: (\d+)", text) or ["0"]
+        coverage = re.findall(r"cov: (\d+)", text) or ["0"]
         failed += status != 0
         told = f"see {log}" if status else "nothing found"
-        print(f"{name:10} {runs[-1:]} runs, coverage {coverage[-1:]}: {told}", flush=True)
+        print(f"{name:10} {int(runs[-1]):,} runs, cov {coverage[-1]}: {told}", flush=True)
     return failed
 
 
