@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test torture lint kernels bench spectral chart gpu clean
+.PHONY: demo test torture fuzz lint kernels bench spectral chart gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -26,6 +26,11 @@ lint: $(VENV)/dev.done
 # Every kernel configuration, ahead of time, for sm_80, sm_90, sm_100 and gfx942; needs no GPU.
 kernels: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.compile
+
+# Seconds for each of the nine targets; needs a Python that atheris has wheels for (3.11 to 3.13).
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/fuzz.done
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --work build/fuzz
 
 bench: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds --benchmark-group-by=group

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MAX_TEXT = 4000
+"""Most characters of one part of a message."""
+
 
 class ResmError(Exception):
     """Base of every error this package raises on purpose.
@@ -33,11 +36,19 @@ class ResmError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [_cut(self.what)]
         for label, text in (("got", self.got), ("expected", self.expected), ("fix", self.fix)):
             if text is not None:
-                lines.append(f"  {label}: {text}")
+                lines.append(f"  {label}: {_cut(text)}")
         return "\n".join(lines)
+
+
+def _cut(text: str, most: int = MAX_TEXT) -> str:
+    """Names of 100 MB are legal in a checkpoint, and nobody reads them."""
+    if len(text) <= most:
+        return text
+    start, end = text[: most * 3 // 4], text[-most // 4 :]
+    return f"{start} ...({len(text) - most:,} characters)... {end}"
 
 
 class UsageError(ResmError):
@@ -54,7 +65,7 @@ class RecipeError(UsageError):
         self.mistakes = tuple(mistakes)
         count = len(self.mistakes)
         head = f"{source}: {count} mistake{'s' if count != 1 else ''} in the recipe"
-        super().__init__("\n".join([head, *(f"  - {mistake}" for mistake in self.mistakes)]))
+        super().__init__("\n".join([head, *(f"  - {_cut(m, 500)}" for m in self.mistakes)]))
 
 
 class CheckpointError(ResmError):

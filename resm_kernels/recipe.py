@@ -16,7 +16,9 @@ from resm_kernels.errors import RecipeError, UsageError
 from resm_kernels.methods import METHODS, Method, Option
 
 MAX_BYTES = 1 << 20
-MAX_NODES = 100_000
+MAX_NODES = 50_000
+MAX_DIGITS = 1000
+"""Longest whole number: `1:59:59...` takes quadratic time, and Python prints no 5000 digits."""
 
 TOP_KEYS = (
     "merge_method",
@@ -218,6 +220,11 @@ class _StrictLoader(yaml.SafeLoader):
         if self.nodes > MAX_NODES:
             raise yaml.YAMLError(f"more than {MAX_NODES} values")
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: more than {MAX_DIGITS} digits")
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()

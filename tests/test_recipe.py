@@ -6,11 +6,13 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resm_kernels.errors import RecipeError, ResmError
 from resm_kernels.recipe import build_recipe, layer_positions, load_recipe, parse_recipe
+from tests.hostile.mutate import mutations, odd
 
 GOOD = """
 merge_method: resm
@@ -159,6 +161,40 @@ def test_any_data_give_a_recipe_or_a_clear_error(
     recipe.options("model.layers.0.w", 0.5)
     recipe.weights("model.layers.0.w", 0.5)
     assert build_recipe(recipe.to_dict(), "again") == recipe
+
+
+ODD = odd("nan", "resm", "linear", "org/name@main", [1, "a"], {"filter": "x"}, float("nan"), 1e308)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.integers(1, 4))
+def test_a_mutated_recipe_is_refused_or_means_the_same_from_yaml(
+    data: st.DataObject, changes: int
+) -> None:
+    """Two or three wrong values in a full recipe: one list of mistakes, or a usable recipe."""
+    content = yaml.safe_load(GOOD)
+    for _ in range(changes):
+        data.draw(mutations(content, ODD, ("lambda", "weight", "value", "models", "x")))
+    try:
+        recipe = build_recipe(content, "fuzz")
+    except ResmError as error:
+        told = str(error)
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe(yaml.safe_dump(content, sort_keys=False), "fuzz")
+        assert str(caught.value) == told
+        return
+    assert parse_recipe(yaml.safe_dump(content, sort_keys=False), "fuzz") == recipe
+    assert build_recipe(recipe.to_dict(), "again") == recipe
+    recipe.options("model.layers.0.self_attn.w", 0.5)
+
+
+@given(st.data(), st.integers(0, len(GOOD)), st.integers(0, 12))
+def test_a_recipe_cut_and_mended_anywhere_gives_our_errors_only(
+    data: st.DataObject, start: int, length: int
+) -> None:
+    piece = data.draw(st.text(alphabet="{}[]:,-&*!|>'\"#%@`? \n\t0ae", max_size=6))
+    with contextlib.suppress(ResmError):
+        parse_recipe(GOOD[:start] + piece + GOOD[start + length :])
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from resm_kernels.checkpoint.dtypes import OUT_DTYPES
+from resm_kernels.checkpoint.files import open_regular
 from resm_kernels.checkpoint.layout import Checkpoint
 from resm_kernels.errors import CheckpointError
 
@@ -52,12 +54,21 @@ def companion_files(base: Checkpoint, out_dtype: str | None) -> dict[str, bytes]
     found = [base.folder / name for name in NAMES]
     try:
         found += [path for pattern in patterns for path in sorted(base.folder.glob(pattern))]
-        found = [path for path in found if path.is_file()]
+        found = [path for path in found if _is_there(path)]
     except OSError as error:
         raise CheckpointError(f"{base.folder}: cannot be read: {error.strerror}") from error
     for path in found:
         files[path.relative_to(base.folder).as_posix()] = _read(path)
     return files
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has that name, a link to nothing included; other failures are raised."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _with_dtype(config: Mapping[str, Any], out_dtype: str) -> dict[str, Any]:
@@ -72,8 +83,15 @@ def _with_dtype(config: Mapping[str, Any], out_dtype: str) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path}: too large for a companion file")
-        return path.read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise CheckpointError(f"{path}: too large for a companion file")
+            content = file.read(size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) < size:
+        raise CheckpointError(
+            f"{path}: the file ended early", got=f"{len(content)} of {size} bytes"
+        )
+    return content

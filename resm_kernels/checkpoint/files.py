@@ -17,6 +17,8 @@ from resm_kernels.errors import OutputError, VerificationError
 PIECE = 16 << 20
 """Bytes asked of the file system at once."""
 SEAL = "sha256"
+MAX_SEALED = 256 << 20
+"""Longest manifest, report or journal that is read: far above a line for each tensor."""
 
 
 @contextmanager
@@ -126,19 +128,24 @@ def unseal(path: Path) -> dict[str, Any]:
     """Read a sealed JSON file; VerificationError where a single byte differs."""
     try:
         with open_regular(path) as file:
-            raw = file.read()
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_SEALED:
+                raise VerificationError(
+                    f"{path}: too long", got=f"{size:,} bytes", expected=f"at most {MAX_SEALED:,}"
+                )
+            raw = file.read(MAX_SEALED)
     except OSError as error:
         raise VerificationError(f"{path}: cannot be read: {error.strerror}") from error
     damaged = VerificationError(f"{path}: damaged: it does not match its own digest")
     try:
         content = json.loads(raw)
+        if not isinstance(content, dict) or SEAL not in content or _pretty(content) != raw:
+            raise damaged
+        digest = content.pop(SEAL)
+        if digest != hashlib.sha256(canonical_json(content)).hexdigest():
+            raise damaged
     except (ValueError, RecursionError) as error:
         raise damaged from error
-    if not isinstance(content, dict) or SEAL not in content or _pretty(content) != raw:
-        raise damaged
-    digest = content.pop(SEAL)
-    if digest != hashlib.sha256(canonical_json(content)).hexdigest():
-        raise damaged
     return content
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from resm_kernels.checkpoint.files import (
+    MAX_SEALED,
     canonical_json,
     create,
     hash_ranges,
@@ -174,15 +175,15 @@ class OutputFolder:
             return []
         lines: list[dict[str, Any]] = []
         with writing(path), open_regular(path) as file:
-            content = file.read()
+            content = file.read(MAX_SEALED)
         for raw in content.splitlines(keepends=True):
             try:
                 line = json.loads(raw)
+                if not isinstance(line, dict) or canonical_json(line) + b"\n" != raw:
+                    break
             except (ValueError, RecursionError):
                 break
-            if not isinstance(line, dict) or canonical_json(line) + b"\n" != raw:
-                break
-            if lines and line.keys() != {"shard", "sha256", "digests", "results"}:
+            if lines and not _is_entry(line):
                 break
             lines.append(line)
         return lines
@@ -273,3 +274,8 @@ class OutputFolder:
             if descriptor >= 0:
                 with contextlib.suppress(OSError):  # every line was synced when it was written
                     os.close(descriptor)
+
+
+def _is_entry(line: dict[str, Any]) -> bool:
+    kinds = {"shard": str, "sha256": str, "digests": dict, "results": dict}
+    return line.keys() == kinds.keys() and all(isinstance(line[k], t) for k, t in kinds.items())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ MAX_HEADER = 100_000_000
 """Longest safetensors header that the format allows, in bytes."""
 MAX_JSON = 64 << 20
 """Longest index or config file that is read, in bytes."""
+MAX_VALUES = 2_000_000
+"""Most values in a header, index or config: a quarter of a million tensors in one header."""
+MAX_DEPTH = 64
+"""Most levels of a header, index or config."""
 MAX_RANK = 32
 """Most dimensions a tensor may have."""
 INDEX_SUFFIX = ".index.json"
@@ -190,9 +195,10 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     if dtype is None:
         raise fail(f"unknown dtype; this package reads {', '.join(DTYPES)}", entry["dtype"])
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _are_sizes(shape) or len(shape) > MAX_RANK or _overflows(shape):
+    if not isinstance(shape, list) or not is_shape(shape):
         raise fail("the shape must be a list of sizes whose product is below 2**63", shape)
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    two = isinstance(offsets, list) and len(offsets) == 2 and are_sizes(offsets)
+    if not two or offsets[0] > offsets[1]:
         raise fail("data_offsets must be [start, stop]", offsets)
     nbytes = math.prod(shape) * dtype.size
     if offsets[1] - offsets[0] != nbytes:
@@ -206,15 +212,15 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     return TensorInfo(name, dtype, tuple(shape), path, start, stop)
 
 
-def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in values
-    )
+def are_sizes(values: Iterable[object]) -> bool:
+    """Whether these are whole numbers that an offset can be."""
+    return all(type(v) is int and 0 <= v < 1 << 63 for v in values)
 
 
-def _overflows(shape: list[int]) -> bool:
-    """Whether strides of that shape pass 63 bits, also where another size is zero."""
-    return math.prod(size or 1 for size in shape) >= 1 << 63
+def is_shape(values: Sequence[Any]) -> bool:
+    """Whether a tensor can have these sizes: strides stay below 63 bits, also beside a zero."""
+    few = len(values) <= MAX_RANK and are_sizes(values)
+    return few and math.prod(size or 1 for size in values) < 1 << 63
 
 
 def read_json(path: Path) -> Any:
@@ -231,6 +237,9 @@ def read_json(path: Path) -> Any:
 
 def parse_json(raw: bytes, path: Path) -> Any:
     """Parse JSON strictly; CheckpointError names the file."""
+    # Each value follows a comma or a bracket; counted first, since each takes up to 250 bytes.
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise _bad(path, f"invalid JSON: more than {MAX_VALUES:,} values")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -244,12 +253,31 @@ def parse_json(raw: bytes, path: Path) -> Any:
     def no_constant(word: str) -> Any:
         raise ValueError(f"{word} is not JSON")
 
+    def finite(word: str) -> float:
+        if math.isinf(number := float(word)):
+            raise ValueError(f"{word} is no float64")
+        return number
+
     try:
-        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=no_constant)
+        value = json.loads(
+            raw.decode(), object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite
+        )
     except RecursionError as error:
         raise _bad(path, "invalid JSON: nested too deeply") from error
     except ValueError as error:
         raise _bad(path, f"invalid JSON: {error}") from error
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = list(itertools.chain.from_iterable(map(_children, level)))
+        if not level:
+            return value
+    raise _bad(path, "invalid JSON: nested too deeply", expected=f"at most {MAX_DEPTH} levels")
+
+
+def _children(value: object) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def read_index(path: Path) -> dict[str, list[str]]:

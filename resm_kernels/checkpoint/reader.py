@@ -180,8 +180,7 @@ def _gather(
 def same_data(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, TensorInfo]) -> bool:
     """Whether two tensors of one dtype and shape hold the same bytes, read piece by piece."""
     if first[1].strides or second[1].strides:
-        reader = TensorReader()
-        return bool(torch.equal(reader.read(*first), reader.read(*second)))
+        return bool(torch.equal(*(TensorReader().read(*one) for one in (first, second))))
     with open_regular(first[1].file) as a, open_regular(second[1].file) as b:
         a.seek(first[1].start)
         b.seek(second[1].start)

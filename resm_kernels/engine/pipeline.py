@@ -10,21 +10,28 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from resm_kernels import __version__
 from resm_kernels.checkpoint.companions import companion_files
 from resm_kernels.checkpoint.files import seal, unseal
-from resm_kernels.checkpoint.journal import MANIFEST, REPORT, OutputFolder, absolute, check_output
+from resm_kernels.checkpoint.journal import (
+    JOURNAL,
+    MANIFEST,
+    REPORT,
+    OutputFolder,
+    absolute,
+    check_output,
+)
 from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
 from resm_kernels.checkpoint.reader import TensorReader, check_stamp
 from resm_kernels.checkpoint.writer import ShardFile
 from resm_kernels.engine.memory import MemoryWatch
 from resm_kernels.engine.plan import PREFETCH, MergePlan, PlannedTensor, check_disk
 from resm_kernels.engine.result import MergeReport, TensorResult
-from resm_kernels.errors import NonFiniteError, ResmError, VerificationError
+from resm_kernels.errors import NonFiniteError, OutputError, ResmError, VerificationError
 from resm_kernels.methods import METHODS, Merged, merge_weight
 from resm_kernels.ops.dtypes import is_finite
 
@@ -303,13 +310,23 @@ class _Run:
 
     def _collect(self, pending: Sequence[PlannedTensor]) -> None:
         report = self.report
-        for entry in self.folder.kept.values():
+        for shard, entry in self.folder.kept.items():
             for name, content in entry["results"].items():
-                self.results.setdefault(name, TensorResult.from_dict(content))
+                if name not in self.results:
+                    self.results[name] = self._kept_result(shard, content)
         report.tensors = {t.name: self.results[t.name] for t in self.plan.tensors}
         report.stage_seconds = {stage: round(busy, 6) for stage, busy in self._busy.items()}
         report.read_bytes = sum(t.read_bytes for t in pending)
         report.written_bytes = sum(t.write_bytes for t in pending)
+
+    def _kept_result(self, shard: str, content: Mapping[str, Any]) -> TensorResult:
+        try:
+            return TensorResult.from_dict(content)
+        except VerificationError as error:
+            raise OutputError(
+                f"{self.folder.path / JOURNAL}: shard {shard!r}: {error}",
+                fix=f"remove {self.folder.path / shard} to have it merged again, then resume",
+            ) from error
 
     def _shard_name(self, tensor: PlannedTensor) -> str:
         return self.plan.layouts[tensor.shard].name

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from resm_kernels.errors import VerificationError
+
 
 @dataclass(frozen=True)
 class TensorResult:
@@ -46,10 +48,13 @@ class TensorResult:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TensorResult:
         """Read what `asdict` and a round through JSON made of a result."""
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in content.items()
-        }
-        return cls(**values)
+        try:
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in content.items()
+            }
+            return cls(**values)
+        except (AttributeError, TypeError) as error:
+            raise VerificationError(f"not the result of a tensor: {error}") from error
 
 
 @dataclass
@@ -114,5 +119,8 @@ class MergeReport:
     def from_dict(cls, content: Mapping[str, Any]) -> MergeReport:
         """Read what `to_dict` and a round through JSON made of a report."""
         values = {k: v for k, v in content.items() if k != "rules"}
-        tensors = {k: TensorResult.from_dict(v) for k, v in values.pop("tensors").items()}
-        return cls(**values, tensors=tensors)
+        try:
+            tensors = {k: TensorResult.from_dict(v) for k, v in values.pop("tensors").items()}
+            return cls(**values, tensors=tensors)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise VerificationError(f"not the report of a merge: {error!r}") from error

@@ -33,8 +33,9 @@ def write_model(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
     """A safetensors file with any header (text, bytes or JSON value) and any claimed length."""
-    raw = header if isinstance(header, bytes) else b""
-    if not raw:
+    if isinstance(header, bytes):
+        raw = header
+    else:
         raw = (header if isinstance(header, str) else json.dumps(header)).encode()
     return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
 
@@ -45,13 +46,15 @@ def entry(**changes: object) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def torch_zip(program: bytes) -> bytes:
+def torch_zip(program: bytes, storages: Mapping[str, bytes] | None = None) -> bytes:
     """A `.bin` in torch's zip format whose pickle is exactly `program`."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", program)
         archive.writestr("archive/byteorder", "little")
         archive.writestr("archive/version", "3\n")
+        for key, data in (storages or {}).items():
+            archive.writestr(f"archive/data/{key}", data)
     return file.getvalue()
 
 

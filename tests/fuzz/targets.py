@@ -1,0 +1,172 @@
+"""Fuzz targets: what reads files that strangers wrote, one function of bytes each.
+
+A target writes its bytes where a user would have them and reads them as a merge does. Anything
+but a value or one of our own errors is a finding; so is a broken promise about what was accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from resm_kernels.checkpoint.companions import companion_files
+from resm_kernels.checkpoint.dtypes import DTYPES
+from resm_kernels.checkpoint.files import canonical_json, seal
+from resm_kernels.checkpoint.hub import ModelReference
+from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, REPORT, OutputFolder
+from resm_kernels.checkpoint.layout import parse_json
+from resm_kernels.checkpoint.manifest import verify_folder
+from resm_kernels.checkpoint.reader import TensorReader, open_checkpoint
+from resm_kernels.checkpoint.writer import lay_out_shards
+from resm_kernels.engine.options import EngineOptions
+from resm_kernels.engine.plan import make_plan
+from resm_kernels.engine.result import TensorResult
+from resm_kernels.errors import ResmError
+from resm_kernels.recipe import build_recipe, parse_recipe
+from tests.hostile.files import safetensors, torch_zip
+
+Target = Callable[[bytes, Path], None]
+
+MOST = 4096
+"""Bytes of data that a generated file may claim and get."""
+LONGEST = 20_000
+"""Characters of the longest message."""
+
+
+def weights(data: bytes, folder: Path) -> None:
+    """A whole safetensors file, opened and read tensor by tensor."""
+    path = folder / "model.safetensors"
+    path.write_bytes(data)
+    checkpoint = open_checkpoint(ModelReference(str(path)))
+    (file,) = checkpoint.files
+    header = int.from_bytes(data[:8], "little")
+    assert sum(t.nbytes for t in file.tensors.values()) == len(data) - 8 - header
+    for info in file.tensors.values():
+        assert tuple(TensorReader().read(file, info).shape) == info.shape
+
+
+def header(data: bytes, folder: Path) -> None:
+    """A header, with its true length before it and as much data as it speaks of."""
+    try:
+        content = json.loads(data)
+        ends = [entry["data_offsets"][1] for name, entry in content.items() if name[:2] != "__"]
+        size = max([0, *ends])
+        data = safetensors(data, bytes(size if size <= MOST else 0))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        data = safetensors(data)
+    weights(data, folder)
+
+
+def index(data: bytes, folder: Path) -> None:
+    """An index over two healthy shards."""
+    for shard in ("a", "b"):
+        entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+        content = {f"{shard}.weight": entry}
+        (folder / f"{shard}.safetensors").write_bytes(safetensors(content, bytes(8)))
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    found = open_checkpoint(ModelReference(str(folder)))
+    assert {file.path.parent for file in found.files} == {folder}
+
+
+def config(data: bytes, folder: Path) -> None:
+    """A config of the base, planned with and rewritten for another dtype."""
+    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    content = safetensors({"embed.weight": entry}, bytes(16))
+    for model in ("base", "expert"):
+        (folder / model).mkdir()
+        (folder / model / "model.safetensors").write_bytes(content)
+    (folder / "base" / "config.json").write_bytes(data)
+    models = [{"model": str(folder / "expert")}]
+    recipe = {"merge_method": "linear", "base_model": str(folder / "base"), "models": models}
+    plan = make_plan(build_recipe(recipe, "fuzz"), EngineOptions())
+    for dtype in (None, "bfloat16"):
+        files = companion_files(plan.base, dtype)
+        written = files.get("config.json", b"{}")
+        assert parse_json(written, folder).keys() >= plan.base.config.keys()
+
+
+def recipe(data: bytes, folder: Path) -> None:
+    """A recipe, resolved for a tensor and written out again."""
+    found = parse_recipe(data)
+    found.options("model.layers.0.weight", 0.5)
+    found.weights("model.layers.0.weight", 0.5)
+    assert build_recipe(found.to_dict(), "again") == found
+    for expert in (found.base, *(expert.model for expert in found.experts)):
+        assert expert.exists() or expert.repo is None or "/" in expert.text
+
+
+def archive(data: bytes, folder: Path) -> None:
+    """A whole `.bin` file, opened and read tensor by tensor."""
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(data)
+    checkpoint = open_checkpoint(ModelReference(str(path)))
+    (file,) = checkpoint.files
+    for info in file.tensors.values():
+        if info.nbytes <= MOST:
+            assert tuple(TensorReader().read(file, info).shape) == info.shape
+
+
+def pickled(data: bytes, folder: Path) -> None:
+    """The pickle inside a `.bin` file, after two bytes that say how long two storages are."""
+    sizes = [*data[:2], 0, 0]
+    archive(torch_zip(data[2:], {"0": bytes(4 * sizes[0]), "1": bytes(4 * sizes[1])}), folder)
+
+
+def journal(data: bytes, folder: Path) -> None:
+    """A journal after its first line, beside the one shard of its plan."""
+    (layout,) = lay_out_shards([("w", DTYPES["F32"], (2,))], 1 << 20)
+    partial = folder / "out.partial"
+    partial.mkdir()
+    (partial / layout.name).write_bytes(layout.header + bytes(8))
+    lines = [canonical_json({"plan_id": "p"}) + b"\n"]
+    for line in data.splitlines(keepends=True):
+        try:
+            lines.append(canonical_json(json.loads(line)) + b"\n")
+        except (ValueError, RecursionError):
+            lines.append(line)
+    (partial / JOURNAL).write_bytes(b"".join(lines))
+    output = OutputFolder(folder / "out", "p")
+    try:
+        output.verify_kept([layout])
+        for entry in output.kept.values():
+            for content in entry["results"].values():
+                TensorResult.from_dict(content).facts()
+    finally:
+        output.close()
+
+
+def manifest(data: bytes, folder: Path) -> None:
+    """A manifest, sealed where it can be, of a folder with one file."""
+    (folder / "w").write_bytes(bytes(8))
+    (folder / REPORT).write_bytes(seal({}))
+    try:
+        content = json.loads(data)
+        data = seal(content) if isinstance(content, dict) else data
+    except (ValueError, RecursionError):
+        pass
+    (folder / MANIFEST).write_bytes(data)
+    verify_folder(folder)
+
+
+TARGETS: dict[str, Target] = {
+    target.__name__: target
+    for target in (
+        weights, header, index, config, recipe, archive, pickled, journal, manifest,
+    )
+}  # fmt: skip
+
+
+def replay(target: Target, data: bytes, folder: Path) -> str | None:
+    """Run a target once in a fresh folder; the message of our own error, all else is a finding."""
+    folder.mkdir()
+    message = None
+    try:
+        target(data, folder)
+    except ResmError as error:
+        message = str(error)
+    finally:
+        shutil.rmtree(folder)
+    assert message is None or len(message) < LONGEST, "an endless message"
+    return message
