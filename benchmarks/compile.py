@@ -119,7 +119,7 @@ def requested(arch: str) -> list[Launch]:
             with recording(found, stop=True):
                 mask.trim(base, experts, 0.5)
             with recording(found, stop=True):
-                mask._cut(base, base, torch.zeros(1), 1)
+                mask._cut(base, base, torch.zeros(()), 1)
             for masked in masks[1:]:
                 with recording(found):
                     mask.split_delta(base, base, masked[0])

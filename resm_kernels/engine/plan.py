@@ -24,7 +24,7 @@ from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.methods import METHODS
 from resm_kernels.methods.arithmetic import chunk_workspace
-from resm_kernels.ops.launch import triton_version
+from resm_kernels.ops.launch import architecture, triton_version
 from resm_kernels.recipe import Recipe, layer_positions
 
 NUMERICS = 3
@@ -295,7 +295,9 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         "triton": triton_version() if device.type == "cuda" else None,
         "threads": options.threads,
         "recipe": recipe.to_dict(),
-        "arithmetic": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "",
+        "arithmetic": torch.backends.cpu.get_cpu_capability()
+        if device.type == "cpu"
+        else architecture(device),
         "config": base.config,
         "inputs": [checkpoint.digest for checkpoint in (base, *experts)],
         "shards": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],

@@ -65,12 +65,14 @@ def merge_weight(
     NumericsError
         Where memory runs out, or a factorisation does not converge.
     """
-    if method.declines(name, base.shape, len(experts), options) is not None:
-        return mean_of_deltas(base, experts, weights, options.lambda_, out_dtype)
+    declined = method.declines(name, base.shape, len(experts), options) is not None
     where = f"tensor {name!r} {list(base.shape)}"
     try:
-        with full_float32:
-            merged = method.merge(base, experts, weights, options, out_dtype)
+        if declined:
+            merged = mean_of_deltas(base, experts, weights, options.lambda_, out_dtype)
+        else:
+            with full_float32:
+                merged = method.merge(base, experts, weights, options, out_dtype)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
     except (MemoryError, RuntimeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ full_float32 = Held(
     _precisions, _set_precisions, lambda: ("ieee", "ieee") if _PER_LIBRARY else ("highest",)
 )
 """While held, float32 products are float32, whatever the process asked torch for."""
+
+
+def check_alike(tensors: Sequence[torch.Tensor]) -> None:
+    """ValueError unless there is a tensor beside the first, and all have its shape and device."""
+    if len(tensors) < 2:
+        raise ValueError("no experts, expected at least one")
+    for tensor in tensors[1:]:
+        if (tensor.shape, tensor.device) != (tensors[0].shape, tensors[0].device):
+            got = f"{tuple(tensor.shape)} on {tensor.device}"
+            expected = f"{tuple(tensors[0].shape)} on {tensors[0].device}"
+            raise ValueError(f"a tensor of shape {got}, expected {expected}")
 
 
 def chunk_on(device: str) -> int:

@@ -62,14 +62,8 @@ def architecture(device: torch.device) -> str:
 def flat_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors as the element-wise kernels read them: flat, aligned and of one dtype.
 
-    Strided and unaligned tensors, and those narrower than the widest dtype, are copied. The
-    kernels go by the first one's shape and device, and would read past the others' ends.
+    Strided and unaligned tensors, and those narrower than the widest dtype, are copied.
     """
-    for tensor in tensors[1:]:
-        if (tensor.shape, tensor.device) != (tensors[0].shape, tensors[0].device):
-            got = f"{tuple(tensor.shape)} on {tensor.device}"
-            expected = f"{tuple(tensors[0].shape)} on {tensors[0].device}"
-            raise ValueError(f"a tensor of shape {got}, expected {expected}")
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     flat = []
     for tensor in tensors:

@@ -8,6 +8,7 @@ import torch
 
 from resm_kernels.ops.consensus import reference
 from resm_kernels.ops.consensus.reference import Election
+from resm_kernels.ops.dtypes import check_alike
 from resm_kernels.ops.launch import on_kernels
 from resm_kernels.ops.mask import Mask
 
@@ -38,6 +39,7 @@ def weighted_sum(
     rounded once each. The same bytes on a GPU and on a CPU with fused multiply-adds. Every tensor
     is read once. Source: Model soups, arXiv 2203.05482.
     """
+    check_alike((tensors[0], *tensors))
     if on_kernels(tensors, out_dtype):
         from resm_kernels.ops.consensus import kernel
 
@@ -77,6 +79,7 @@ def weighted_deltas(
     no delta is written. Source: task arithmetic, arXiv 2212.04089; with masks DARE, arXiv
     2311.03099.
     """
+    check_alike((base, *experts))
     if on_kernels((base, *experts), out_dtype):
         from resm_kernels.ops.consensus import kernel
 
@@ -115,6 +118,9 @@ def elected_deltas(
     Rounding and bytes as for `weighted_deltas`; base and experts are read once, no delta is
     written. Source: TIES-Merging, arXiv 2306.01708.
     """
+    if elect not in ("sum", "count"):
+        raise ValueError(f"elect {elect!r}, expected 'sum' or 'count'")
+    check_alike((base, *experts))
     if on_kernels((base, *experts), out_dtype):
         from resm_kernels.ops.consensus import kernel
 

@@ -47,7 +47,9 @@ def _sum_kernel(
             total += value * tl.load(floats + 4)
         else:
             total = tl.fma(value, tl.load(floats + 4), total)
-    total = tl.div_rn(total, divisor) * scale + base
+    total = tl.div_rn(total, divisor)
+    if DELTAS:
+        total = total * scale + base
     tl.store(out_ptr + first + lanes, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 

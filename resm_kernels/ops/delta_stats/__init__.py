@@ -8,6 +8,7 @@ import torch
 
 from resm_kernels.ops.delta_stats import reference
 from resm_kernels.ops.delta_stats.stats import DeltaStats
+from resm_kernels.ops.dtypes import check_alike
 from resm_kernels.ops.launch import on_kernels
 
 __all__ = ["DeltaStats", "delta_stats"]
@@ -38,10 +39,13 @@ def delta_stats(
 
     Notes
     -----
-    Every input is read twice; no delta is written. Differences are taken in `compute_dtype`
-    (exact for bf16 inputs up to range), final sums are float64; deterministic. Source: design
-    section 2, ours.
+    Every input is read twice; no delta is written; strided inputs are copied. Differences are
+    taken in `compute_dtype` (exact for bf16 inputs up to range), final sums are float64;
+    deterministic. Source: design section 2, ours.
     """
+    check_alike((base, *experts))
+    if not (sigma >= 0.0 and noise_floor >= 0.0):
+        raise ValueError(f"sigma {sigma}, noise_floor {noise_floor}, expected both >= 0")
     if on_kernels((base, *experts)):
         from resm_kernels.ops.delta_stats import kernel
 

@@ -41,11 +41,14 @@ def _moments_kernel(
         scaled = a * ((254 << 23) - unit_bits).to(tl.float32, bitcast=True)
         unit = unit_bits.to(tl.float32, bitcast=True).to(tl.float64)
         unit = tl.where(unit_bits == 0, 2.0**-127, unit)
-        total = tl.sum(scaled)
-        centred = tl.where(inside, scaled - total / entries, 0.0)
+        mean = tl.sum(scaled) / entries
+        centred = tl.where(inside, scaled - mean, 0.0)
+        # What rounding left out of the mean: without it a constant delta would lie above its own.
+        rest = tl.sum(centred).to(tl.float64)
+        squares = tl.sum(centred * centred).to(tl.float64) - rest * rest / entries
         out = partial_ptr + 4 * t * blocks + block
-        tl.store(out, total.to(tl.float64) * unit)
-        tl.store(out + blocks, tl.sum(centred * centred).to(tl.float64) * unit * unit)
+        tl.store(out, (mean.to(tl.float64) * entries + rest) * unit)
+        tl.store(out + blocks, squares * unit * unit)
         tl.store(out + 2 * blocks, largest.to(tl.float64))
         tl.store(out + 3 * blocks, tl.sum(((a == 0.0) & inside).to(tl.int32)).to(tl.float64))
 

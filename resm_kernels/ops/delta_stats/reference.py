@@ -21,7 +21,8 @@ def delta_stats(
 
     Notes
     -----
-    Reads base and experts twice and writes nothing; temporaries are three chunks. Sums run in
+    Reads base and experts twice and writes nothing; temporaries are four chunks, one
+    of them float64. Sums run in
     float64 over a fixed chunk order, so the result does not depend on the machine's core count
     when torch runs one thread.
     """

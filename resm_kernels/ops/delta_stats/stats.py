@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def combine(
     entries[-1:] = count - (len(entries) - 1) * block
     mean = totals.sum(-1) / max(count, 1)
     between = entries * (totals / entries - mean[:, None]).square()
-    return mean, (squares + between).sum(-1) / max(count, 1)
+    return mean, (squares + between).sum(-1).clamp_min(0.0) / max(count, 1)
 
 
 def thresholds(
@@ -65,7 +66,7 @@ def thresholds(
     """
     rms = (variance + mean * mean).sqrt()
     limits = torch.stack((mean + sigma * variance.sqrt(), noise_floor * rms), dim=-1)
-    return limits.clamp_max(torch.finfo(dtype).max)
+    return limits.nan_to_num(nan=math.inf).clamp_max(torch.finfo(dtype).max)
 
 
 def gather(

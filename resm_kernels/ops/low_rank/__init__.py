@@ -52,6 +52,12 @@ def add_low_rank(
     On a GPU the product is never in memory; on a CPU a panel of it is. Error of the product:
     |L| |R|^T times the precision's, plus K roundings of the accumulation.
     """
+    (rows, columns), inner = base.shape, left.shape[-1]
+    expected = {"left": (rows, inner), "right": (columns, inner), "values": (inner,)}
+    for name, factor in {"left": left, "right": right, "values": values}.items():
+        if factor is not None and (factor.shape, factor.device) != (expected[name], base.device):
+            got = f"{tuple(factor.shape)} on {factor.device}"
+            raise ValueError(f"{name} of shape {got}, expected {expected[name]} on {base.device}")
     if scales and left.numel() and on_kernels((base,), out_dtype):
         from resm_kernels.ops.low_rank import kernel
 

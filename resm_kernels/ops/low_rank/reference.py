@@ -27,8 +27,9 @@ def add_low_rank(
 
     Notes
     -----
-    Peak temporary: one panel of rows and what becomes of it, `PANEL` elements or one row each.
-    The panel's height depends on the shape alone, so equal inputs give equal bytes.
+    Peak temporary: three panels of rows (product, base and sum), `PANEL` elements or one row each,
+    and the factors in `compute_dtype`. The panel's height depends on the shape alone, so equal
+    inputs give equal bytes.
     """
     rows, columns = base.shape
     dtype = compute_dtype((base,))

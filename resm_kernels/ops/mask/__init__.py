@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from resm_kernels.ops.dtypes import check_alike
 from resm_kernels.ops.launch import on_kernels
 from resm_kernels.ops.mask import reference
 from resm_kernels.ops.mask.mask import Mask, drop_key
@@ -46,6 +47,7 @@ def masked_delta(
     Reads both inputs and writes the output once. Source: magnitude trim, TIES (arXiv
     2306.01708); random drop, DARE (arXiv 2311.03099); noise floor, design section 2.
     """
+    check_alike((base, expert))
     if on_kernels((base, expert), out_dtype or torch.float32):
         from resm_kernels.ops.mask import kernel
 
@@ -59,9 +61,11 @@ def split_delta(
     """The masked and weighted delta as a sum of two bf16 tensors, for products on tensor cores.
 
     Parameters as for `masked_delta`. The high part is the delta rounded to bf16, the low part
-    the rest rounded to bf16: their sum errs by at most 2**-17 of an entry, and not at all for
-    the unweighted delta of bf16 inputs where it has 16 significant bits.
+    the rest rounded to bf16: their sum errs by at most 2**-17 of an entry (between 1e-35 and
+    bf16's largest number), and not at all for the unweighted delta of bf16 inputs where it has 16
+    significant bits.
     """
+    check_alike((base, expert))
     if on_kernels((base, expert)):
         from resm_kernels.ops.mask import kernel
 
@@ -86,9 +90,11 @@ def trim(
     -------
     list of (float, int)
         Per expert; exact order statistics, found by counting bit patterns, without a sort.
+        ValueError where the threshold would be NaN.
     """
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"density {density}, expected 0 <= density <= 1")
+    check_alike((base, *experts))
     if on_kernels((base, *experts)):
         from resm_kernels.ops.mask import kernel
 

@@ -235,10 +235,12 @@ def trim(
         prefix |= (BINS - 1 - place[:, 0]).int() << low
     thresholds = prefix.view(torch.float32)
     found = torch.cat((thresholds[:, None].double(), need.double(), ties.double()), -1).tolist()
+    if any(math.isnan(threshold) for threshold, _, _ in found):
+        raise ValueError("a delta holds NaN, expected numbers")
     return [
         (threshold, count)
         if needed == tied
-        else (threshold, _cut(flat_base, expert, thresholds[t : t + 1], int(needed)))
+        else (threshold, _cut(flat_base, expert, thresholds[t].clone(), int(needed)))
         for t, (expert, (threshold, needed, tied)) in enumerate(zip(flat, found, strict=True))
     ]
 

@@ -41,6 +41,10 @@ class Mask:
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"density {self.density}, expected 0 < density <= 1")
+        if not self.clip >= 0.0:
+            raise ValueError(f"clip {self.clip}, expected clip >= 0")
+        if not 0 <= self.key < 1 << 128:
+            raise ValueError(f"key {self.key}, expected 128 bits")
 
     @property
     def keep(self) -> int:

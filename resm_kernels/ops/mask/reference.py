@@ -25,7 +25,7 @@ def masked_delta(
     weight: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The masked and weighted delta; see `ops.mask`. Temporaries are three chunks."""
+    """The masked and weighted delta; see `ops.mask`. Temporaries are a few chunks."""
     out = torch.empty(
         base.shape, dtype=out_dtype or compute_dtype((base, expert)), device=base.device
     )
@@ -62,7 +62,7 @@ def apply_mask(delta: torch.Tensor, mask: Mask, start: int, weight: float) -> to
             delta.masked_fill_(gone, 0.0)
         if mask.floor >= 0.0:
             delta.masked_fill_(magnitude <= mask.floor, 0.0)
-    if mask.clip < math.inf:
+    if mask.clip <= torch.finfo(delta.dtype).max:
         delta.clamp_(-mask.clip, mask.clip)
     if mask.density < 1.0:
         delta.masked_fill_(_dropped(mask, start, delta.numel()).to(delta.device), 0.0)
@@ -134,6 +134,8 @@ def _leading(base: torch.Tensor, expert: torch.Tensor, kept: int, count: int) ->
         prefix, ties = prefix << DIGIT | digit, int(histogram[digit])
         need -= int(above[place]) - ties
     threshold = float(torch.tensor(prefix, dtype=pattern).view(dtype))
+    if math.isnan(threshold):
+        raise ValueError("a delta holds NaN, expected numbers")
     return threshold, count if need == ties else _cut(base, expert, threshold, need)
 
 
