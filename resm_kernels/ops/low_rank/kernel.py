@@ -80,6 +80,8 @@ class Tile:
 
 
 SMALL = Tile(64, 64, 4, 3)
+UNEVEN = Tile(64, 64, 8, 3)
+"""Entry by entry, the base and the outputs take a pointer each."""
 FULL = 128
 """Tiles of 128 x 128 that keep the processors of a large GPU busy; fewer are cut smaller."""
 WIDE = "sm_90"
@@ -94,7 +96,9 @@ def tile(
     `even`: rows of the base and of the outputs begin at 16-byte boundaries.
     """
     few = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < FULL
-    if few or not (even or arch == WIDE):
+    if not (even or arch == WIDE):
+        return UNEVEN
+    if few:
         return SMALL
     if arch.startswith("gfx"):
         return Tile(128, 128, 8, 2)
