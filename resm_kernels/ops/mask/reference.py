@@ -31,7 +31,7 @@ def masked_delta(
     )
     target = out.view(-1)
     for piece, delta in _deltas(base, expert):
-        target[piece] = _kept(delta, mask, piece.start, weight)
+        target[piece] = apply_mask(delta, mask or Mask(), piece.start, weight)
     return out
 
 
@@ -43,7 +43,7 @@ def split_delta(
         torch.empty(base.shape, dtype=torch.bfloat16, device=base.device) for _ in range(2)
     )
     for piece, delta in _deltas(base, expert):
-        kept = _kept(delta, mask, piece.start, weight)
+        kept = apply_mask(delta, mask or Mask(), piece.start, weight)
         high.view(-1)[piece] = kept
         low.view(-1)[piece] = kept.sub_(high.view(-1)[piece])
     return high, low
@@ -68,10 +68,6 @@ def apply_mask(delta: torch.Tensor, mask: Mask, start: int, weight: float) -> to
         delta.masked_fill_(_dropped(mask, start, delta.numel()).to(delta.device), 0.0)
     factor = mask.factor(weight)
     return delta.mul_(factor) if factor != 1.0 else delta
-
-
-def _kept(delta: torch.Tensor, mask: Mask | None, start: int, weight: float) -> torch.Tensor:
-    return apply_mask(delta, mask or Mask(), start, weight)
 
 
 def _dropped(mask: Mask, start: int, count: int) -> torch.Tensor:
@@ -124,7 +120,7 @@ def _leading(base: torch.Tensor, expert: torch.Tensor, kept: int, count: int) ->
         histogram = np.zeros(1 << DIGIT, dtype=np.int64)
         for _, delta in _deltas(base, expert):
             bits = delta.abs_().view(pattern)
-            if ties < count:
+            if ties < count:  # else all entries share the prefix
                 bits = bits[bits >> (shift + DIGIT) == prefix]
             digits = ((bits >> shift) & ((1 << DIGIT) - 1)).cpu().numpy()
             histogram += np.bincount(digits, minlength=1 << DIGIT)
