@@ -32,6 +32,7 @@ SHARED = 227 * 1024
 """Bytes of shared memory that a block may have."""
 KERNELS = {
     "_moments_kernel",
+    "_limits_kernel",
     "_outliers_kernel",
     "_mask_kernel",
     "_digits_kernel",

@@ -125,6 +125,14 @@ def test_delta_stats(
             check_stats(stats, np.abs(exact(base, expert)), sigma, noise_floor, error)
 
 
+def test_delta_stats_of_more_blocks_than_one_step_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = family((5 * elementwise.SUMMED + 3,), torch.bfloat16)
+    monkeypatch.setattr(stats_kernel, "LANES", 2)
+    found = stats_kernel.delta_stats(base, experts, sigma=1.5, noise_floor=0.3)
+    for expert, stats in zip(experts, found, strict=True):
+        check_stats(stats, np.abs(exact(base, expert)), 1.5, 0.3, BLOCK_ERROR)
+
+
 @pytest.mark.parametrize("module", [stats_reference, stats_kernel])
 @pytest.mark.parametrize("unit", [1e-38, 1e-30, 1.0, 1e30, 1e38])
 def test_delta_stats_of_any_size(module: ModuleType, unit: float) -> None:

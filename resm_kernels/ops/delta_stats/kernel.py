@@ -8,12 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
-from resm_kernels.ops.delta_stats.stats import DeltaStats, combine, gather, thresholds
-from resm_kernels.ops.elementwise import SUMMED, block_of, expert_of, launch, load
+from resm_kernels.ops.delta_stats.stats import DeltaStats, from_rows
+from resm_kernels.ops.elementwise import EXACT, SUMMED, WARPS, block_of, expert_of, launch, load
 from resm_kernels.ops.launch import addresses, flat_inputs
 
 LARGEST_UNIT = tl.constexpr(253 << 23)
 """Bits of 2**126, the largest power of two whose inverse is a normal float32."""
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+LANES = 1024
+"""Blocks whose moments one step sums."""
 
 
 @triton.jit(do_not_specialize=["count", "experts"])
@@ -51,6 +54,62 @@ def _moments_kernel(
         tl.store(out + blocks, squares * unit * unit)
         tl.store(out + 2 * blocks, largest.to(tl.float64))
         tl.store(out + 3 * blocks, tl.sum(((a == 0.0) & inside).to(tl.int32)).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def _limits_kernel(
+    partial_ptr,
+    limits_ptr,
+    found_ptr,
+    count: tl.int64,
+    blocks: tl.int32,
+    sigma: tl.float64,
+    noise_floor: tl.float64,
+    SUMMED: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Per expert, from the moments of its blocks: sums, thresholds, and the unit of |D|."""
+    t = tl.program_id(0)
+    totals = partial_ptr + 4 * t * blocks
+    squares, maxima, zeros = totals + blocks, totals + 2 * blocks, totals + 3 * blocks
+    lanes = tl.arange(0, LANES)  # [LANES]
+    total = tl.zeros([LANES], tl.float64)
+    largest = tl.zeros([LANES], tl.float64)
+    zero = tl.zeros([LANES], tl.float64)
+    for start in range(0, blocks, LANES):
+        there = start + lanes < blocks
+        total += tl.load(totals + start + lanes, mask=there, other=0.0)
+        largest = tl.maximum(largest, tl.load(maxima + start + lanes, mask=there, other=0.0))
+        zero += tl.load(zeros + start + lanes, mask=there, other=0.0)
+    mean = tl.sum(total) / count
+    spread = tl.zeros([LANES], tl.float64)
+    for start in range(0, blocks, LANES):
+        there = start + lanes < blocks
+        left = count - (start + lanes).to(tl.int64) * SUMMED
+        entries = tl.minimum(tl.maximum(left, 1), SUMMED).to(tl.float64)
+        apart = tl.load(totals + start + lanes, mask=there, other=0.0) / entries - mean
+        within = tl.load(squares + start + lanes, mask=there, other=0.0)
+        spread += tl.where(there, within + entries * apart * apart, 0.0)
+    variance = tl.maximum(tl.sum(spread), 0.0) / count
+    power = variance + mean * mean
+    threshold = mean + sigma * tl.sqrt(variance)
+    floor = noise_floor * tl.sqrt(power)
+    # Also where they are NaN: comparisons with the largest number find nothing.
+    threshold = tl.where(threshold < LARGEST, threshold, LARGEST)
+    floor = tl.where(floor < LARGEST, floor, LARGEST)
+    most = tl.max(largest)
+    unit_bits = most.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+    inverse = ((254 << 23) - tl.minimum(unit_bits, LARGEST_UNIT)).to(tl.float32, bitcast=True)
+    tl.store(limits_ptr + 3 * t, threshold.to(tl.float32))
+    tl.store(limits_ptr + 3 * t + 1, floor.to(tl.float32))
+    tl.store(limits_ptr + 3 * t + 2, inverse)
+    found = found_ptr + 9 * t
+    tl.store(found, tl.sum(total))
+    tl.store(found + 1, count * power)
+    tl.store(found + 2, most)
+    tl.store(found + 3, tl.sum(zero))
+    tl.store(found + 4, threshold)
+    tl.store(found + 5, floor)
 
 
 @triton.jit(do_not_specialize=["count", "experts"])
@@ -106,16 +165,20 @@ def delta_stats(
     table = addresses(flat)
     partial = torch.empty(len(flat), 4, blocks, dtype=torch.float64, device=device)
     launch(_moments_kernel, count, flat_base, table, partial, count, len(flat), block=SUMMED)
-    totals, squares, maxima, zeros = partial.unbind(1)
-    mean, variance = combine(count, SUMMED, totals, squares)
-    largest = maxima.amax(-1)
-
-    limits = thresholds(mean, variance, sigma, noise_floor, torch.float32)
-    unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-125, 125))
-    given = torch.cat((limits, unit[:, None]), dim=-1).float()
+    limits = torch.empty(len(flat), 3, dtype=torch.float32, device=device)
+    found = torch.empty(len(flat), 9, dtype=torch.float64, device=device)
+    with torch.cuda.device_of(flat_base):
+        _limits_kernel[(len(flat),)](
+            *(partial, limits, found, count, blocks, sigma, noise_floor),
+            **{"SUMMED": SUMMED, "LANES": LANES, "num_warps": WARPS, **EXACT},
+        )
     partial = torch.empty(len(flat), 3, blocks, dtype=torch.float64, device=device)
     launch(
-        _outliers_kernel, count, flat_base, table, given, partial, count, len(flat), block=SUMMED
+        _outliers_kernel,
+        count,
+        flat_base,
+        *(table, limits, partial, count, len(flat)),
+        block=SUMMED,
     )
-    others = (largest, zeros.sum(-1), *partial.sum(-1).unbind(-1))
-    return gather(count, mean, variance, limits, *others)
+    found[:, 6:] = partial.sum(-1)
+    return from_rows(count, found.tolist())

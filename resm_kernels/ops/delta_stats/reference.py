@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from resm_kernels.ops.delta_stats.stats import DeltaStats, combine, gather, thresholds
+from resm_kernels.ops.delta_stats.stats import DeltaStats, combine, from_rows, thresholds
 from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype, scratch
 
 
@@ -62,8 +62,9 @@ def delta_stats(
         if floor > threshold:
             dense[t] += _nonzero(_cut(a, floor), part)
     largest = maxima.amax(-1) if count else mass
-    zeros = count - changed.sum(-1)
-    return gather(count, mean, variance, limits, largest, zeros, mass, outliers, count - dense)
+    sums = (count * mean, count * (variance + mean * mean), largest, count - changed.sum(-1))
+    rows = torch.stack((*sums, *limits.unbind(-1), mass, outliers, count - dense), dim=-1)
+    return from_rows(count, rows.tolist())
 
 
 def _cut(magnitudes: torch.Tensor, limit: float) -> torch.Tensor:

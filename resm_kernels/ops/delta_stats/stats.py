@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,25 +63,15 @@ def thresholds(
 ) -> torch.Tensor:
     """Outlier threshold and noise floor of A: float64 [T] -> [T, 2], inside `dtype`'s range.
 
-    The one formula of both implementations: mean + sigma * sd, and noise_floor * rms.
+    mean + sigma * sd, and noise_floor * rms.
     """
     rms = (variance + mean * mean).sqrt()
     limits = torch.stack((mean + sigma * variance.sqrt(), noise_floor * rms), dim=-1)
     return limits.nan_to_num(nan=math.inf).clamp_max(torch.finfo(dtype).max)
 
 
-def gather(
-    count: int,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    limits: torch.Tensor,
-    *others: torch.Tensor,
-) -> list[DeltaStats]:
-    """The statistics of all experts from [T] tensors, with one synchronisation.
-
-    `others`: largest magnitude, zeros, mass of the outliers, their number, sparse entries.
-    """
-    sums = (count * mean, count * (variance + mean * mean), *limits.unbind(-1), *others)
+def from_rows(count: int, rows: Iterable[Sequence[float]]) -> list[DeltaStats]:
+    """The statistics of all experts from a row of numbers each, in the order named here."""
     return [
         DeltaStats(
             count=count,
@@ -94,7 +85,5 @@ def gather(
             floor=floor,
             sparse_count=int(sparse),
         )
-        for abs_sum, square_sum, threshold, floor, largest, zeros, mass, outliers, sparse in (
-            torch.stack(sums, dim=-1).tolist()
-        )
+        for abs_sum, square_sum, largest, zeros, threshold, floor, mass, outliers, sparse in rows
     ]
