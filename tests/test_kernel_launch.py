@@ -11,10 +11,8 @@ import importlib.util
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +62,7 @@ def test_every_launch_compiles_for_an_h100(tmp_path: Path) -> None:
         assert launch["fp_fusion"] == (launch["kernel"] == "_low_rank_kernel")
         assert launch["cubin"] > 0
         assert launch["shared"] <= SHARED, launch
-        assert launch["stack"] == 0, launch
+        assert launch["spills"] == 0, launch
 
 
 def launches() -> Iterator[Any]:
@@ -132,6 +130,8 @@ def launches() -> Iterator[Any]:
 
 def describe() -> list[dict[str, Any]]:
     """What was asked for, and what came out."""
+    from benchmarks.compile import of_cubin
+
     described = {}
     for compiled, parameters in launches():
         about, names = compiled.metadata, list(parameters)
@@ -141,22 +141,9 @@ def describe() -> list[dict[str, Any]]:
             "fp_fusion": about.enable_fp_fusion,
             "cubin": len(compiled.asm["cubin"]),
             "shared": about.shared,
-            "stack": stack(compiled.asm["cubin"]),
+            "spills": of_cubin(compiled.asm)[1],
         }
     return list(described.values())
-
-
-def stack(cubin: bytes) -> int:
-    """Bytes per thread that do not fit the registers."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", said))
 
 
 if __name__ == "__main__":

@@ -523,6 +523,8 @@ def test_numbers_outside_their_range_are_refused(sigma: float) -> None:
         delta_stats(base, experts, sigma=sigma)
     with pytest.raises(ValueError, match="expected at least one"):
         delta_stats(base, [])
+    with pytest.raises(ValueError, match="expected at least one"):
+        weighted_sum([], [], out_dtype=torch.float32)
     with pytest.raises(ValueError, match="expected clip >= 0"):
         Mask(clip=sigma)
     with pytest.raises(ValueError, match="expected 128 bits"):

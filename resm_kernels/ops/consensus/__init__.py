@@ -39,7 +39,7 @@ def weighted_sum(
     rounded once each. The same bytes on a GPU and on a CPU with fused multiply-adds. Every tensor
     is read once. Source: Model soups, arXiv 2203.05482.
     """
-    check_alike((tensors[0], *tensors))
+    check_alike((*tensors[:1], *tensors))
     if on_kernels(tensors, out_dtype):
         from resm_kernels.ops.consensus import kernel
 

@@ -19,6 +19,13 @@ LANES = 1024
 """Blocks whose moments one step sums."""
 
 
+@triton.jit
+def _unit_of(largest):
+    """Bits of the largest power of two in a magnitude, and the inverse of that power."""
+    bits = tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, LARGEST_UNIT)
+    return bits, ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["count", "experts"])
 def _moments_kernel(
     base_ptr,
@@ -40,8 +47,8 @@ def _moments_kernel(
         a = tl.abs(expert - base)
         largest = tl.max(a)
         # Sums are of |D| in units of the block's largest power of two: squares stay in range.
-        unit_bits = tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, LARGEST_UNIT)
-        scaled = a * ((254 << 23) - unit_bits).to(tl.float32, bitcast=True)
+        unit_bits, inverse = _unit_of(largest)
+        scaled = a * inverse
         unit = unit_bits.to(tl.float32, bitcast=True).to(tl.float64)
         unit = tl.where(unit_bits == 0, 2.0**-127, unit)
         mean = tl.sum(scaled) / entries
@@ -68,7 +75,7 @@ def _limits_kernel(
     SUMMED: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Per expert, from the moments of its blocks: sums, thresholds, and the unit of |D|."""
+    """Per expert, from the moments of its blocks: sums, thresholds, and the inverse unit of |D|."""
     t = tl.program_id(0)
     totals = partial_ptr + 4 * t * blocks
     squares, maxima, zeros = totals + blocks, totals + 2 * blocks, totals + 3 * blocks
@@ -98,8 +105,7 @@ def _limits_kernel(
     threshold = tl.where(threshold < LARGEST, threshold, LARGEST)
     floor = tl.where(floor < LARGEST, floor, LARGEST)
     most = tl.max(largest)
-    unit_bits = most.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
-    inverse = ((254 << 23) - tl.minimum(unit_bits, LARGEST_UNIT)).to(tl.float32, bitcast=True)
+    _, inverse = _unit_of(most.to(tl.float32))
     tl.store(limits_ptr + 3 * t, threshold.to(tl.float32))
     tl.store(limits_ptr + 3 * t + 1, floor.to(tl.float32))
     tl.store(limits_ptr + 3 * t + 2, inverse)
@@ -116,7 +122,7 @@ def _limits_kernel(
 def _outliers_kernel(
     base_ptr,
     expert_table,
-    threshold_ptr,
+    limits_ptr,
     partial_ptr,
     count: tl.int64,
     experts: tl.int32,
@@ -131,12 +137,12 @@ def _outliers_kernel(
     for t in range(experts):
         expert = load(expert_of(expert_table, t, base_ptr) + first, lanes, inside)
         a = tl.abs(expert - base)
-        outlier = a > tl.load(threshold_ptr + 3 * t)
-        sparse = (a <= tl.load(threshold_ptr + 3 * t + 1)) & inside
-        unit = tl.load(threshold_ptr + 3 * t + 2)
-        mass = tl.sum(tl.where(outlier, a * unit, 0.0)).to(tl.float64)
+        outlier = a > tl.load(limits_ptr + 3 * t)
+        sparse = (a <= tl.load(limits_ptr + 3 * t + 1)) & inside
+        inverse = tl.load(limits_ptr + 3 * t + 2)
+        mass = tl.sum(tl.where(outlier, a * inverse, 0.0)).to(tl.float64)
         out = partial_ptr + 3 * t * blocks + block
-        tl.store(out, mass / unit.to(tl.float64))
+        tl.store(out, mass / inverse.to(tl.float64))
         tl.store(out + blocks, tl.sum(outlier.to(tl.int32)).to(tl.float64))
         tl.store(out + 2 * blocks, tl.sum(sparse.to(tl.int32)).to(tl.float64))
 

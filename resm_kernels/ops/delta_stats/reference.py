@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from resm_kernels.ops.delta_stats.stats import DeltaStats, combine, from_rows, thresholds
+from resm_kernels.ops.delta_stats.stats import DeltaStats, from_rows
 from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype, scratch
 
 
@@ -21,10 +22,9 @@ def delta_stats(
 
     Notes
     -----
-    Reads base and experts twice and writes nothing; temporaries are four chunks, one
-    of them float64. Sums run in
-    float64 over a fixed chunk order, so the result does not depend on the machine's core count
-    when torch runs one thread.
+    Reads base and experts twice and writes nothing; temporaries are four chunks, one of them
+    float64. Sums run in float64 over a fixed chunk order, so the result does not depend on the
+    machine's core count when torch runs one thread.
     """
     dtype = compute_dtype((base, *experts))
     base, flat = base.reshape(-1), [expert.reshape(-1) for expert in experts]
@@ -48,8 +48,8 @@ def delta_stats(
         totals[t, place], squares[t, place] = total, torch.dot(wide, wide)
         maxima[t, place], changed[t, place] = a.amax(), _nonzero(a, part)
 
-    mean, variance = combine(count, size, totals, squares)
-    limits = thresholds(mean, variance, sigma, noise_floor, dtype)
+    mean, variance = _combine(count, size, totals, squares)
+    limits = _thresholds(mean, variance, sigma, noise_floor, dtype)
     mass, outliers, dense = torch.zeros(3, len(flat), dtype=torch.float64, device=base.device)
     numbers = limits.tolist()
     for _, t, a, part, wide in magnitudes():
@@ -65,6 +65,37 @@ def delta_stats(
     sums = (count * mean, count * (variance + mean * mean), largest, count - changed.sum(-1))
     rows = torch.stack((*sums, *limits.unbind(-1), mass, outliers, count - dense), dim=-1)
     return from_rows(count, rows.tolist())
+
+
+def _combine(
+    count: int, block: int, totals: torch.Tensor, squares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of A from its blocks: float64 [T, blocks] -> two of [T].
+
+    `totals` are the blocks' sums, `squares` their sums of squares about their own means: nothing
+    cancels where A is nearly constant. All blocks but the last have `block` entries.
+    """
+    entries = torch.full_like(totals[0], block)
+    entries[-1:] = count - (len(entries) - 1) * block
+    mean = totals.sum(-1) / max(count, 1)
+    between = entries * (totals / entries - mean[:, None]).square()
+    return mean, (squares + between).sum(-1).clamp_min(0.0) / max(count, 1)
+
+
+def _thresholds(
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sigma: float,
+    noise_floor: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Outlier threshold and noise floor of A: float64 [T] -> [T, 2], inside `dtype`'s range.
+
+    mean + sigma * sd, and noise_floor * rms.
+    """
+    rms = (variance + mean * mean).sqrt()
+    limits = torch.stack((mean + sigma * variance.sqrt(), noise_floor * rms), dim=-1)
+    return limits.nan_to_num(nan=math.inf).clamp_max(torch.finfo(dtype).max)
 
 
 def _cut(magnitudes: torch.Tensor, limit: float) -> torch.Tensor:

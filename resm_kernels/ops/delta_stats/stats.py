@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -37,37 +34,6 @@ class DeltaStats:
     def sparsity(self) -> float:
         """Fraction of entries at or below the noise floor, in [0, 1]."""
         return self.sparse_count / self.count if self.count else 0.0
-
-
-def combine(
-    count: int, block: int, totals: torch.Tensor, squares: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of A from its blocks: float64 [T, blocks] -> two of [T].
-
-    `totals` are the blocks' sums, `squares` their sums of squares about their own means: nothing
-    cancels where A is nearly constant. All blocks but the last have `block` entries.
-    """
-    entries = torch.full_like(totals[0], block)
-    entries[-1:] = count - (len(entries) - 1) * block
-    mean = totals.sum(-1) / max(count, 1)
-    between = entries * (totals / entries - mean[:, None]).square()
-    return mean, (squares + between).sum(-1).clamp_min(0.0) / max(count, 1)
-
-
-def thresholds(
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    sigma: float,
-    noise_floor: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Outlier threshold and noise floor of A: float64 [T] -> [T, 2], inside `dtype`'s range.
-
-    mean + sigma * sd, and noise_floor * rms.
-    """
-    rms = (variance + mean * mean).sqrt()
-    limits = torch.stack((mean + sigma * variance.sqrt(), noise_floor * rms), dim=-1)
-    return limits.nan_to_num(nan=math.inf).clamp_max(torch.finfo(dtype).max)
 
 
 def from_rows(count: int, rows: Iterable[Sequence[float]]) -> list[DeltaStats]:
