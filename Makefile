@@ -14,7 +14,7 @@ demo: $(VENV)/demo.done
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest
 
-# About seven minutes: a process killed, a file layer failing, power cut, bytes flipped.
+# About four minutes: a process killed, a file layer failing, power cut, bytes flipped.
 torture: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -s --show-capture=no tests/torture.py
 
