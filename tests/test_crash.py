@@ -179,7 +179,7 @@ def test_two_merges_cannot_share_an_output(tmp_path: Path) -> None:
 
 
 STAGES = {
-    "read": (pipeline.TensorReader, "read"),
+    "read": (pipeline, "read_tensor"),
     "compute": (pipeline, "merge_planned"),
     "write": (writer.ShardFile, "write"),
     "finish": (writer.ShardFile, "finish"),

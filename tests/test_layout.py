@@ -22,7 +22,7 @@ from resm_kernels.checkpoint.dtypes import DTYPES
 from resm_kernels.checkpoint.files import open_regular
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import MAX_HEADER, read_safetensors_header
-from resm_kernels.checkpoint.reader import TensorReader, open_checkpoint
+from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
 from resm_kernels.checkpoint.writer import lay_out_shards
 from resm_kernels.errors import CheckpointError
 from tests.hostile.mutate import mutations, odd
@@ -64,7 +64,7 @@ def test_every_dtype_is_read_as_safetensors_writes_it(name: str, tmp_path: Path)
     checkpoint = open_checkpoint(ModelReference(str(tmp_path)))
     for tensor, value in state.items():
         info = checkpoint.tensors[tensor]
-        read = TensorReader().read(checkpoint.files[0], info)
+        read = read_tensor(checkpoint.files[0], info)
         assert read.dtype == dtype.torch
         assert read.shape == value.shape
         assert torch.equal(read.view(torch.uint8), value.contiguous().view(torch.uint8))
@@ -98,7 +98,7 @@ def test_every_dtype_and_view_is_read_as_torch_saves_it(name: str, tmp_path: Pat
     (file,) = checkpoint.files
     assert list(checkpoint.tensors) == list(state)
     for view, value in state.items():
-        read = TensorReader().read(file, checkpoint.tensors[view])
+        read = read_tensor(file, checkpoint.tensors[view])
         assert (read.dtype, read.shape) == (dtype.torch, value.shape)
         assert read.is_contiguous()
         assert bytes(read.flatten().view(torch.uint8).numpy()) == bytes(
@@ -133,7 +133,7 @@ def test_a_bin_above_four_gigabytes_has_wide_offsets(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(ModelReference(str(tmp_path)))
     (shard,) = checkpoint.files
     assert checkpoint.tensors["w"].start > gap
-    assert TensorReader().read(shard, checkpoint.tensors["w"]).tolist() == [1.0, 1.0]
+    assert read_tensor(shard, checkpoint.tensors["w"]).tolist() == [1.0, 1.0]
 
 
 @st.composite

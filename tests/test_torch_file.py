@@ -16,7 +16,7 @@ import resm_kernels
 from resm_kernels.checkpoint import reader, torch_file
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint
-from resm_kernels.checkpoint.reader import TensorReader, open_checkpoint
+from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
 from resm_kernels.checkpoint.torch_file import MAX_PICKLE
 from resm_kernels.errors import CheckpointError
 from tests.checkpoints import fine_tuned, save
@@ -57,7 +57,7 @@ def test_every_view_is_what_torch_loads(
     checkpoint = opened(tmp_path)
     assert checkpoint.tensors.keys() == expected.keys()
     for name, info in checkpoint.tensors.items():
-        found = TensorReader().read(checkpoint.files[0], info)
+        found = read_tensor(checkpoint.files[0], info)
         assert (found.dtype, found.shape) == (expected[name].dtype, expected[name].shape)
         assert found.is_contiguous()
         assert torch.equal(found, expected[name])
@@ -78,7 +78,7 @@ def test_a_small_view_of_a_large_storage_reads_little(
     monkeypatch.setattr(os, "preadv", counted)
     monkeypatch.setattr(reader, "PIECE", 4096)
     checkpoint = opened(tmp_path)
-    assert TensorReader().read(checkpoint.files[0], checkpoint.tensors["w"]).shape == (64,)
+    assert read_tensor(checkpoint.files[0], checkpoint.tensors["w"]).shape == (64,)
     assert read == 64 * 4
 
 

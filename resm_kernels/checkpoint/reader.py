@@ -117,30 +117,27 @@ def _aliases(file: WeightFile) -> dict[str, str]:
     return aliases
 
 
-class TensorReader:
-    """Reads whole tensors; safe to call from several threads.
+def read_tensor(file: WeightFile, info: TensorInfo) -> torch.Tensor:
+    """Return a tensor in memory of its own, row-major, in its stored dtype and shape.
 
-    Every read opens the file anew and compares its stamp with the plan's, and nothing is mapped,
-    so that a file that was replaced or truncated during a merge is an error, never a wrong result
-    or a SIGBUS.
+    Safe to call from several threads. Every read opens the file anew and compares its stamp with
+    the plan's, and nothing is mapped, so that a file that was replaced or truncated during a
+    merge is an error, never a wrong result or a SIGBUS.
     """
-
-    def read(self, file: WeightFile, info: TensorInfo) -> torch.Tensor:
-        """Return a tensor in memory of its own, row-major, in its stored dtype and shape."""
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
-        tensor = data.view(info.dtype.torch).reshape(info.shape)
-        try:
-            with open_regular(info.file) as opened:
-                check_stamp(file, os.fstat(opened.fileno()))
-                if info.strides is None:
-                    _fill(opened.fileno(), data, info.start, info)
-                else:
-                    _gather(opened.fileno(), tensor, info.start, info.strides, info)
-        except OSError as error:
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name!r}: cannot be read: {error.strerror}"
-            ) from error
-        return tensor
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    tensor = data.view(info.dtype.torch).reshape(info.shape)
+    try:
+        with open_regular(info.file) as opened:
+            check_stamp(file, os.fstat(opened.fileno()))
+            if info.strides is None:
+                _fill(opened.fileno(), data, info.start, info)
+            else:
+                _gather(opened.fileno(), tensor, info.start, info.strides, info)
+    except OSError as error:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r}: cannot be read: {error.strerror}"
+        ) from error
+    return tensor
 
 
 def _fill(descriptor: int, data: torch.Tensor, start: int, info: TensorInfo) -> None:
@@ -180,7 +177,7 @@ def _gather(
 def same_data(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, TensorInfo]) -> bool:
     """Whether two tensors of one dtype and shape hold the same bytes, read piece by piece."""
     if first[1].strides or second[1].strides:
-        return bool(torch.equal(*(TensorReader().read(*one) for one in (first, second))))
+        return bool(torch.equal(*(read_tensor(*one) for one in (first, second))))
     with open_regular(first[1].file) as a, open_regular(second[1].file) as b:
         a.seek(first[1].start)
         b.seek(second[1].start)

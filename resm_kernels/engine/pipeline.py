@@ -26,7 +26,7 @@ from resm_kernels.checkpoint.journal import (
     check_output,
 )
 from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
-from resm_kernels.checkpoint.reader import TensorReader, check_stamp
+from resm_kernels.checkpoint.reader import check_stamp, read_tensor
 from resm_kernels.checkpoint.writer import ShardFile
 from resm_kernels.engine.memory import MemoryWatch
 from resm_kernels.engine.plan import PREFETCH, MergePlan, PlannedTensor, check_disk
@@ -173,7 +173,6 @@ class _Run:
         self.folder = folder
         self.report = report
         self.progress = progress
-        self.reader = TensorReader()
         self.ledger = Ledger(plan.memory_budget, plan.workers + PREFETCH)
         self.shards: dict[int, ShardFile] = {}
         self.results: dict[str, TensorResult] = {}
@@ -265,7 +264,7 @@ class _Run:
         self.ledger.close()
 
     def _read(self, tensor: PlannedTensor) -> None:
-        inputs = [self.reader.read(source.file, source.info) for source in tensor.sources]
+        inputs = [read_tensor(source.file, source.info) for source in tensor.sources]
         if self.progress:
             self.progress.advance(tensor.read_bytes, tensor.name)
         self._submit("compute", self._compute, tensor, inputs)

@@ -18,7 +18,7 @@ from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, REPORT, OutputFolder
 from resm_kernels.checkpoint.layout import parse_json
 from resm_kernels.checkpoint.manifest import verify_folder
-from resm_kernels.checkpoint.reader import TensorReader, open_checkpoint
+from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
 from resm_kernels.checkpoint.writer import lay_out_shards
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.engine.plan import make_plan
@@ -44,7 +44,7 @@ def weights(data: bytes, folder: Path) -> None:
     header = int.from_bytes(data[:8], "little")
     assert sum(t.nbytes for t in file.tensors.values()) == len(data) - 8 - header
     for info in file.tensors.values():
-        assert tuple(TensorReader().read(file, info).shape) == info.shape
+        assert tuple(read_tensor(file, info).shape) == info.shape
 
 
 def header(data: bytes, folder: Path) -> None:
@@ -105,7 +105,7 @@ def archive(data: bytes, folder: Path) -> None:
     (file,) = checkpoint.files
     for info in file.tensors.values():
         if info.nbytes <= MOST:
-            assert tuple(TensorReader().read(file, info).shape) == info.shape
+            assert tuple(read_tensor(file, info).shape) == info.shape
 
 
 def pickled(data: bytes, folder: Path) -> None:
