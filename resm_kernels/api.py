@@ -18,7 +18,7 @@ from resm_kernels.engine.pipeline import Progress, run_plan
 from resm_kernels.engine.plan import MergePlan, make_plan
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import NonFiniteError, UsageError
-from resm_kernels.methods import find_method, merge_weight
+from resm_kernels.methods import Inputs, find_method, merge_weight
 from resm_kernels.ops.dtypes import is_finite
 from resm_kernels.recipe import Recipe, build_recipe, layer_positions, load_recipe
 from resm_kernels.report.card import model_card
@@ -267,9 +267,10 @@ def merge_tensors(
             f"{label}: weights must be finite and out_dtype a float of 16 to 64 bits",
             got=f"{shares}, {dtype}",
         )
-    options = chosen.make_options(parameters or {})
+    options = chosen.make_options(parameters or {}, len(experts))
     chosen.validate(shares, options)
-    merged = merge_weight(chosen, name, base, experts, shares, options, dtype).tensor
+    inputs = Inputs(name, base, experts)
+    merged = merge_weight(chosen, inputs, shares, options, dtype).tensor
     if not is_finite(merged):
         raise NonFiniteError(f"{label}: merged values do not fit {dtype}")
     return merged

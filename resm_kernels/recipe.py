@@ -38,7 +38,7 @@ NOT_YET = {
     "chat_template": "the base's chat template is kept",
     "name": "the output folder is named on the command line",
 }
-WEIGHT = Option("weight", float, 1.0, "multiplies this expert's share of the merge")
+WEIGHT = Option("weight", float, 1.0, "multiplies this expert's share of the merge", per_model=True)
 
 Scalar = bool | int | float | str | tuple[str, ...]
 
@@ -131,11 +131,16 @@ class Recipe:
     def options(self, tensor: str, position: float) -> Any:
         """The method's options for one tensor."""
         method = METHODS[self.method]
+        shared = (self.parameters,)
         values = {
-            name: self._first((self.parameters,), spec, tensor, position)
+            name: [
+                self._first((e.parameters, *shared), spec, tensor, position) for e in self.experts
+            ]
+            if spec.per_model
+            else self._first(shared, spec, tensor, position)
             for name, spec in method.specs.items()
         }
-        return method.make_options(values)
+        return method.make_options(values, len(self.experts))
 
     @staticmethod
     def _first(
@@ -374,7 +379,9 @@ def _parameters(
         return {}
     if method is None:
         return {}
-    known = {"weight": WEIGHT} if per_model else {"weight": WEIGHT, **method.specs}
+    known = {"weight": WEIGHT, **method.specs}
+    if per_model:
+        known = {name: spec for name, spec in known.items() if spec.per_model}
     mistakes.unknown_keys(value, list(known), where)
     return {
         name: _setting(setting, known[name], f"{where}.{name}", mistakes)

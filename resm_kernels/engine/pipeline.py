@@ -32,7 +32,7 @@ from resm_kernels.engine.memory import MemoryWatch
 from resm_kernels.engine.plan import PREFETCH, MergePlan, PlannedTensor, check_disk
 from resm_kernels.engine.result import MergeReport, TensorResult
 from resm_kernels.errors import NonFiniteError, OutputError, ResmError, VerificationError
-from resm_kernels.methods import METHODS, Merged, merge_weight
+from resm_kernels.methods import METHODS, Inputs, Merged, merge_weight
 from resm_kernels.ops.dtypes import is_finite
 
 LOG = logging.getLogger(__name__)
@@ -348,9 +348,7 @@ def merge_planned(plan: MergePlan, tensor: PlannedTensor, inputs: list[torch.Ten
         base, *experts = [value.to(plan.device) for value in inputs]
         merged = merge_weight(
             METHODS[plan.recipe.method],
-            tensor.key,
-            base,
-            experts if tensor.reads_base else [base, *experts],
+            Inputs(tensor.key, base, experts if tensor.reads_base else [base, *experts]),
             tensor.weights,
             tensor.options,
             out_dtype,
