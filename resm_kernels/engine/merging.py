@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from resm_kernels.engine.matching import Key
-from resm_kernels.engine.plan import MergePlan, PlannedTensor
+from resm_kernels.engine.matching import FactorSource, Key, Source
+from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step
 from resm_kernels.errors import NonFiniteError
+from resm_kernels.linalg import FactoredDelta
 from resm_kernels.methods import Inputs, Merged, merge_weight
 from resm_kernels.ops.dtypes import is_finite
 
@@ -28,15 +29,19 @@ class Loaded:
         For floats by source: where they are NaN or Inf; None where nowhere.
     """
 
-    def __init__(self, values: Mapping[Key, torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self, values: Mapping[Key, torch.Tensor | FactoredDelta], device: torch.device
+    ) -> None:
         self.values = dict(values)
-        self.bad = {
-            key: None if is_finite(value) else ~torch.isfinite(value)
-            for key, value in self.values.items()
-            if value.is_floating_point()
-        }
+        self.bad = {key: _not_finite(value) for key, value in self.values.items()}
         self._device = device
         self._inputs: dict[tuple[Key, ...], Inputs] = {}
+
+    def tensor(self, source: Source) -> torch.Tensor:
+        """A whole tensor that was read."""
+        value = self.values[source.key]
+        assert isinstance(value, torch.Tensor)
+        return value
 
     def inputs(self, tensor: PlannedTensor, mask: torch.Tensor | None) -> Inputs:
         """The weight on the device, zero where the mask is.
@@ -46,18 +51,33 @@ class Loaded:
         sources = tensor.sources if tensor.reads_base else (tensor.experts[0], *tensor.experts)
         keys = tuple(source.key for source in sources)
         if keys not in self._inputs or mask is not None:
-            values = [self.values[key] for key in keys]
-            if mask is not None:
-                values = [value.masked_fill(mask, 0.0) for value in values]
-            base, *experts = [value.to(self._device) for value in values]
+            base, *experts = [self._placed(self.values[key], mask) for key in keys]
+            assert isinstance(base, torch.Tensor)
             self._inputs[keys] = Inputs(tensor.key, base, experts)
         return self._inputs[keys]
+
+    def _placed(
+        self, value: torch.Tensor | FactoredDelta, mask: torch.Tensor | None
+    ) -> torch.Tensor | FactoredDelta:
+        if isinstance(value, FactoredDelta):
+            return FactoredDelta(value.left.to(self._device), value.right.to(self._device))
+        return (value if mask is None else value.masked_fill(mask, 0.0)).to(self._device)
+
+
+def _not_finite(value: torch.Tensor | FactoredDelta) -> torch.Tensor | None:
+    """Where a value is NaN or Inf; for factors, which of the entries of either."""
+    if isinstance(value, FactoredDelta):
+        both = torch.cat((value.left.flatten(), value.right.flatten()))
+        return None if is_finite(both) else ~torch.isfinite(both)
+    if not value.is_floating_point() or is_finite(value):
+        return None
+    return ~torch.isfinite(value)
 
 
 def merge_planned(plan: MergePlan, tensor: PlannedTensor, loaded: Loaded) -> Merged:
     """Merge one planned tensor; the result lies on the CPU."""
     if not tensor.base.info.dtype.mergeable:
-        return Merged(loaded.values[tensor.base.key], "copy")
+        return Merged(loaded.tensor(tensor.base), "copy")
     out_dtype = tensor.slot.dtype.torch
     mask, notes = _screen(plan, tensor, loaded)
     inputs = loaded.inputs(tensor, mask)
@@ -69,7 +89,7 @@ def merge_planned(plan: MergePlan, tensor: PlannedTensor, loaded: Loaded) -> Mer
     if not is_finite(result):
         notes += _overflow(plan, tensor, result)
     if mask is not None:
-        result[mask] = loaded.values[tensor.base.key][mask].to(out_dtype)
+        result[mask] = loaded.tensor(tensor.base)[mask].to(out_dtype)
     return replace(merged, tensor=result, notes=(*merged.notes, *notes))
 
 
@@ -79,20 +99,26 @@ def _screen(
     """Find NaN and Inf in the inputs; the mask of positions where the base's value stays."""
     mask: torch.Tensor | None = None
     notes = []
-    for source in tensor.sources:
+    for source in Step((tensor,)).sources:
         bad = loaded.bad[source.key]
-        if bad is None or (source is tensor.base and not tensor.base_counts):
+        if bad is None or (source.key == tensor.base.key and not tensor.base_counts):
             continue
         count = int(bad.sum())
-        where = f"{source.info.file}: tensor {source.info.name!r}"
+        if isinstance(source, FactorSource):
+            raise NonFiniteError(
+                f"{source.where}: {count} of {bad.numel()} values are NaN or Inf",
+                fix="leave that adapter out: every value of a factor reaches a whole row",
+            )
         if plan.options.nonfinite == "error":
             raise NonFiniteError(
-                f"{where}: {count} of {bad.numel()} values are NaN or Inf",
+                f"{source.where}: {count} of {bad.numel()} values are NaN or Inf",
                 fix="repair the checkpoint, or keep the base's values there with --nonfinite warn",
             )
         mask = bad if mask is None else mask | bad
         notes.append(f"{source.info.file.name}: {count} values are NaN or Inf; the base's stay")
-        LOG.warning("%s: %d values are NaN or Inf; the base's values stay there", where, count)
+        LOG.warning(
+            "%s: %d values are NaN or Inf; the base's values stay there", source.where, count
+        )
     return mask, notes
 
 

@@ -43,6 +43,7 @@ from resm_kernels.engine.plan import (
 )
 from resm_kernels.engine.result import MergeReport, TensorResult
 from resm_kernels.errors import OutputError, ResmError, VerificationError
+from resm_kernels.linalg import FactoredDelta
 
 LOG = logging.getLogger(__name__)
 
@@ -436,7 +437,7 @@ class _Run:
             self.progress.advance(task.step.read_bytes, task.name)
         self._submit("compute", self._compute, task, inputs)
 
-    def _compute(self, task: _Task, inputs: dict[Key, torch.Tensor]) -> None:
+    def _compute(self, task: _Task, inputs: dict[Key, torch.Tensor | FactoredDelta]) -> None:
         torch.set_num_threads(self.plan.options.threads)
         loaded = Loaded(inputs, self.plan.device)
         inputs.clear()
