@@ -180,6 +180,7 @@ class _Builder:
     """Collects tokens, and refuses what contradicts the tokens before."""
 
     def __init__(self, words: object, path: Path) -> None:
+        self.path = path
         if isinstance(words, list):
             pairs = (w for w in words if isinstance(w, list) and len(w) == 2)
             if sum(isinstance(w[0], str) for w in pairs) < len(words):
@@ -242,6 +243,11 @@ class _Builder:
         self.added[content] = flags
 
     def build(self, reference: str, rows: int) -> Vocabulary:
+        """The vocabulary, once every token is known."""
+        try:
+            "".join(self.ids).encode()
+        except UnicodeEncodeError as error:
+            raise damaged(self.path, "a token is no text: it holds a lone surrogate") from error
         ordered = dict(sorted(self.ids.items(), key=lambda item: item[1]))
         return Vocabulary(reference, rows, ordered, self.added, self.next_id)
 

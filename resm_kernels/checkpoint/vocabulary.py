@@ -20,7 +20,6 @@ import torch
 from resm_kernels.checkpoint.companions import (
     is_tokenizer_file,
     tokenizer_files,
-    tokenizer_paths,
 )
 from resm_kernels.checkpoint.files import PIECE, canonical_json
 from resm_kernels.checkpoint.layout import Checkpoint, parse_json
@@ -70,8 +69,8 @@ class Alignment:
     indices : tuple of Tensor
         For the base, then for every expert: int64 [rows], the row of that model's table, -1
         where it has none.
-    base_is_input : bool
-        Whether the base is merged, and not only a layout.
+    prefer_base : bool
+        Whether a row that a model lacks is the base's where the base has it, and not the mean.
     base : Vocabulary
         The base's tokens.
     base_files : str
@@ -89,7 +88,7 @@ class Alignment:
     source: str
     rows: int
     indices: tuple[torch.Tensor, ...]
-    base_is_input: bool
+    prefer_base: bool
     base: Vocabulary = field(repr=False)
     base_files: str
     out_ids: Mapping[str, int] = field(repr=False)
@@ -113,7 +112,7 @@ class Alignment:
         new = [[t.text, t.id, dict(t.flags)] for t in self.new_tokens]
         donor = {} if self.donor is None else self.donor.files
         files = {name: hashlib.sha256(data).hexdigest() for name, data in donor.items()}
-        head = [self.source, self.rows, self.base_is_input, self.base_files, new, files]
+        head = [self.source, self.rows, self.prefer_base, self.base_files, new, files]
         found = hashlib.sha256(canonical_json(head))
         for index in self.indices:
             found.update(index.numpy().tobytes())
@@ -125,7 +124,7 @@ def align(
     base: Checkpoint,
     experts: Sequence[Checkpoint],
     *,
-    base_is_input: bool = True,
+    prefer_base: bool = True,
 ) -> Alignment:
     """Decide the output's vocabulary and find each of its tokens in each model.
 
@@ -138,9 +137,9 @@ def align(
         model do not count. mergekit's rule, whose own order of experts is not fixed.
     base, experts : Checkpoint
         A model without any tokenizer files and with as many rows as the base has the base's.
-    base_is_input : bool
-        False for a method that has no base (`linear`): a token that only some experts know is
-        then not filled from the base, which gives the layout only.
+    prefer_base : bool
+        Whether a row that a model lacks is the base's where the base has it. False where the
+        base only gives the layout (`linear` without `base_model`): then the mean comes first.
 
     Notes
     -----
@@ -172,7 +171,7 @@ def align(
             rows = max(rows, 1 + max(out.values()))
     indices = tuple(_index(out, rows, vocabulary) for vocabulary in vocabularies)
     found = Alignment(
-        label, rows, indices, base_is_input, first, _fingerprint(tokenizer_files(base)), out, new,
+        label, rows, indices, prefer_base, first, _fingerprint(tokenizer_files(base)), out, new,
         donor, tuple(notes),
     )  # fmt: skip
     return found if found.changes_nothing else _checked(found, [base, *experts])
@@ -343,14 +342,14 @@ def _filled(
         source = alignment.indices[model][rows[which]].to(tables[model].device)
         return which.to(total.device), tables[model][source].to(total)
 
-    for model in range(0 if alignment.base_is_input else 1, len(tables)):
+    for model in range(1, len(tables)):
         which = (alignment.indices[model][rows] >= 0).nonzero()[:, 0]
         where, values = take(model, which)
         total[where] += values
         count[which] += 1
     total /= count.clamp(min=1).to(total.device).reshape(-1, *[1] * (total.dim() - 1))
     in_base = alignment.indices[0][rows] >= 0
-    which = (in_base if alignment.base_is_input else in_base & (count == 0)).nonzero()[:, 0]
+    which = (in_base if alignment.prefer_base else in_base & (count == 0)).nonzero()[:, 0]
     where, values = take(0, which)
     total[where] = values
     return total
@@ -382,7 +381,9 @@ def output_files(files: Mapping[str, bytes], alignment: Alignment) -> dict[str, 
         result |= alignment.donor.files
         for name in {"config.json", "generation_config.json"} & result.keys():
             content = _parse(result, name)
-            result[name] = _dump(_with_ids(content, alignment, alignment.donor.config), name)
+            changed = _with_ids(content, alignment, alignment.donor.config)
+            if changed != content:
+                result[name] = _dump(changed, name)
     elif alignment.new_tokens:
         result |= _with_new_tokens(result, alignment.new_tokens)
     if alignment.rows != alignment.base.rows and "config.json" in result:
