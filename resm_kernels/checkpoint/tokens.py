@@ -32,7 +32,8 @@ MAX_VALUES = 4_000_000
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 TOKEN_LISTS = frozenset({"tokenizer.json", "vocab.json"})
 """Files that list a vocabulary, one of which a model must have."""
-SOURCES = (*sorted(TOKEN_LISTS), "added_tokens.json", "tokenizer_config.json")
+SETTINGS = "tokenizer_config.json"
+SOURCES = (*sorted(TOKEN_LISTS), "added_tokens.json", SETTINGS)
 """Files that say which token has which id."""
 DECODER = "added_tokens_decoder"
 FIX = "save the tokenizer again: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)"
@@ -147,7 +148,7 @@ def _read_files(checkpoint: Checkpoint, rows: int) -> Vocabulary:
             expected="tokenizer.json, or vocab.json",
             fix=FIX if there else "put the model's tokenizer files into its folder",
         )
-    if path := there.get("tokenizer_config.json"):
+    if path := there.get(SETTINGS):
         decoder = _read_object(path).get(DECODER)
         if decoder:
             builder.add_all(_decoder_entries(decoder, path), path)

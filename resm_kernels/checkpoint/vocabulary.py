@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from resm_kernels.checkpoint.tokens import (
     DECODER,
     FLAGS,
     MAX_VALUES,
+    SETTINGS,
     SOURCES,
     TOKEN_LISTS,
     Vocabulary,
@@ -217,8 +219,14 @@ def _read_all(checkpoints: Sequence[Checkpoint], notes: list[str]) -> list[Vocab
 
 
 def _fingerprint(files: Mapping[str, bytes]) -> str:
-    """SHA-256 of the files that number the tokens."""
-    digests = {n: hashlib.sha256(files[n]).hexdigest() for n in SOURCES if n in files}
+    """SHA-256 of what numbers the tokens: of settings, the added tokens only."""
+    parts = {name: files[name] for name in SOURCES if name in files}
+    if SETTINGS in files:
+        # A damaged file counts as it is: reading the vocabulary says what is wrong with it.
+        with suppress(CheckpointError):
+            settings = _parse(files[SETTINGS], Path(SETTINGS))
+            parts[SETTINGS] = canonical_json(settings.get(DECODER))
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
     return hashlib.sha256(canonical_json(digests)).hexdigest()
 
 
@@ -375,42 +383,45 @@ def output_files(files: Mapping[str, bytes], alignment: Alignment) -> dict[str, 
             f"{alignment.base.reference}: the tokenizer changed after the merge was planned",
             fix="restore its files, or start the merge anew",
         )
+    folder = Path(alignment.base.reference)
     result = dict(files)
-    if alignment.donor is not None:
+
+    def change(name: str, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        content = _parse(result.get(name, b"{}"), folder / name)
+        changed = edit(content)
+        if changed != content:
+            result[name] = _dump(changed, folder / name)
+
+    new, donor = alignment.new_tokens, alignment.donor
+    if donor is not None:
         result = {name: data for name, data in files.items() if not is_tokenizer_file(name)}
-        result |= alignment.donor.files
-        for name in {"config.json", "generation_config.json"} & result.keys():
-            content = _parse(result, name)
-            changed = _with_ids(content, alignment, alignment.donor.config)
-            if changed != content:
-                result[name] = _dump(changed, name)
-    elif alignment.new_tokens:
-        result |= _with_new_tokens(result, alignment.new_tokens)
-    if alignment.rows != alignment.base.rows and "config.json" in result:
-        content = _with_size(_parse(result, "config.json"), alignment.rows)
-        result["config.json"] = _dump(content, "config.json")
+        result |= donor.files
+        for name in {"config.json", "generation_config.json"} & files.keys():
+            change(name, lambda content: _with_ids(content, alignment, donor.config))
+    elif new:
+        fast = "tokenizer.json" in files
+        if fast:
+            change("tokenizer.json", lambda content: _with_entries(content, new))
+        if not fast or DECODER in _parse(files.get(SETTINGS, b"{}"), folder / SETTINGS):
+            change(SETTINGS, lambda content: _with_decoder(content, new))
+        if not fast or "added_tokens.json" in files:
+            change("added_tokens.json", lambda content: content | {t.text: t.id for t in new})
+    if alignment.rows != alignment.base.rows and "config.json" in files:
+        change("config.json", lambda content: _with_size(content, alignment.rows))
     return result
 
 
-def _with_new_tokens(files: Mapping[str, bytes], new: Sequence[NewToken]) -> dict[str, bytes]:
-    result = {}
+def _with_entries(content: dict[str, Any], new: Sequence[NewToken]) -> dict[str, Any]:
+    """tokenizer.json with more added tokens."""
     entries = [{"id": t.id, "content": t.text, **t.flags} for t in new]
-    if "tokenizer.json" in files:
-        content = _parse(files, "tokenizer.json")
-        added = [*(content.get("added_tokens") or []), *entries]
-        content["added_tokens"] = sorted(added, key=lambda entry: int(entry["id"]))
-        result["tokenizer.json"] = _dump(content, "tokenizer.json")
-    if "tokenizer_config.json" in files:
-        content = _parse(files, "tokenizer_config.json")
-        if DECODER in content or "tokenizer.json" not in files:
-            more = {str(t.id): {"content": t.text, **t.flags} for t in new}
-            content[DECODER] = {**(content.get(DECODER) or {}), **more}
-            result["tokenizer_config.json"] = _dump(content, "tokenizer_config.json")
-    if "added_tokens.json" in files or "tokenizer.json" not in files:
-        content = _parse(files, "added_tokens.json") if "added_tokens.json" in files else {}
-        content |= {t.text: t.id for t in new}
-        result["added_tokens.json"] = _dump(content, "added_tokens.json")
-    return result
+    added = [*(content.get("added_tokens") or []), *entries]
+    return {**content, "added_tokens": sorted(added, key=lambda entry: int(entry["id"]))}
+
+
+def _with_decoder(content: dict[str, Any], new: Sequence[NewToken]) -> dict[str, Any]:
+    """tokenizer_config.json with more added tokens."""
+    more = {str(t.id): {"content": t.text, **t.flags} for t in new}
+    return {**content, DECODER: {**(content.get(DECODER) or {}), **more}}
 
 
 def _with_size(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -443,18 +454,18 @@ def _with_ids(
     return changed
 
 
-def _parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    content = parse_json(files[name], Path(name), MAX_VALUES)
+def _parse(raw: bytes, path: Path) -> dict[str, Any]:
+    content = parse_json(raw, path, MAX_VALUES)
     if not isinstance(content, dict):
-        raise damaged(Path(name), "not a JSON object", type(content).__name__)
+        raise damaged(path, "not a JSON object", type(content).__name__)
     return content
 
 
-def _dump(content: Mapping[str, Any], name: str) -> bytes:
+def _dump(content: Mapping[str, Any], path: Path) -> bytes:
     try:
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError as error:
-        raise damaged(Path(name), "a lone surrogate is no text") from error
+        raise damaged(path, "a lone surrogate is no text") from error
 
 
 @dataclass(frozen=True)
@@ -510,7 +521,7 @@ def differences(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Differe
     Tokenizer files are parsed only where they are not the same bytes as the base's; one that is
     missing says nothing.
     """
-    base_rows = vocabulary_rows(base)
+    base_rows, base_files = vocabulary_rows(base), tokenizer_files(base)
     known: list[Vocabulary] = []
     found = []
     for expert in experts:
@@ -519,9 +530,9 @@ def differences(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Differe
             continue
         difference = Difference(expert.reference, rows, base_rows)
         try:
-            files = [tokenizer_files(checkpoint) for checkpoint in (base, expert)]
-            readable = all(TOKEN_LISTS & names.keys() for names in files)
-            same = rows == base_rows and _fingerprint(files[0]) == _fingerprint(files[1])
+            files = tokenizer_files(expert)
+            readable = TOKEN_LISTS & files.keys() and TOKEN_LISTS & base_files.keys()
+            same = rows == base_rows and _fingerprint(files) == _fingerprint(base_files)
             if readable and not same:
                 known = known or [read_vocabulary(base)]
                 difference = _difference(known[0], read_vocabulary(expert))
