@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import resm_kernels
 from resm_kernels.checkpoint import vocabulary as module
@@ -369,6 +369,40 @@ def test_transformers_loads_the_union(kind: str, decoder: bool, tmp_path: Path) 
     assert read_vocabulary(opened(tmp_path / "merged")).ids == alignment.out_ids
 
 
+def test_transformers_runs_the_merged_model(tmp_path: Path) -> None:
+    """One expert, task arithmetic: under the base's ids, the merged model is the expert."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    base = save_trained(tmp_path / "base", "bpe", pad=3)
+    expert = save_trained(tmp_path / "expert", "bpe", [START, END], pad=40)
+    for seed, folder in enumerate((base, expert)):
+        torch.manual_seed(seed)
+        rows = vocabulary_rows(opened(folder))
+        config = LlamaConfig(vocab_size=rows, num_attention_heads=2, **sizes)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    one, other = opened(base), opened(expert)
+    alignment = align("union", one, [other])
+    written(tmp_path / "merged", one, alignment)
+    old, new = (load_file(c.folder / "model.safetensors") for c in (one, other))
+    merged = {}
+    for name in vocabulary_tables(one):
+        zero, change = align_tables([old.pop(name), new.pop(name)], alignment)
+        merged[name] = resm_kernels.merge_tensors(zero, [change], "task_arithmetic")
+    assert merged.keys() == {TABLE, HEAD}
+    save_file({**merged, **new}, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    ours, theirs = (
+        (AutoTokenizer.from_pretrained(f), LlamaForCausalLM.from_pretrained(f))
+        for f in (tmp_path / "merged", expert)
+    )
+    logits = []
+    for tokenizer, model in (ours, theirs):
+        ids = tokenizer("the<|im_start|>fox<|im_end|>", return_tensors="pt")["input_ids"]
+        known = sorted(alignment.out_ids, key=alignment.out_ids.__getitem__)
+        columns = [tokenizer.convert_tokens_to_ids(t) for t in known]
+        with torch.no_grad():
+            logits.append(model(ids).logits[..., columns])
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_tokenizer_of_vocab_json_and_merges(tmp_path: Path) -> None:
     def save_gpt2(name: str, added: Sequence[str]) -> Checkpoint:
         source = save_trained(tmp_path / f"{name}-source", "bpe")
@@ -412,14 +446,22 @@ def test_an_ordinary_token_that_an_expert_made_special(tmp_path: Path) -> None:
 
 
 def test_another_model_s_vocabulary_brings_its_files(tmp_path: Path) -> None:
-    nested = {"vocab_size": 14, "bos_token_id": 1, "hidden_size": 4}
+    nested = {"vocab_size": 14, "bos_token_id": 1, "eos_token_id": 13}
     ids = {"eos_token_id": [2, 13], "bos_token_id": 1, "pad_token_id": 13, "image_token_id": None}
     base = save_words(tmp_path / "base", text_config=nested, **ids)
     (base.folder / "generation_config.json").write_text('{"eos_token_id": 2, "top_k": 3}')
     (base.folder / "tokenizer.model").write_bytes(b"old")
     (base.folder / "preprocessor_config.json").write_text("{}")
     words = ("<s>", "</s>", "<unk>", *LETTERS)
-    donor = save_words(tmp_path / "donor", words, {"<pad>": True}, rows=16, pad_token_id=11)
+    donor = save_words(
+        tmp_path / "donor",
+        words,
+        {"<pad>": True},
+        rows=16,
+        pad_token_id=11,
+        eos_token_id=9,
+        text_config="none",
+    )
     (donor.folder / "chat_template.jinja").write_text("{{ messages }}")
     alignment = align(donor, base, [save_words(tmp_path / "expert")])
     assert alignment.rows == 16
@@ -436,6 +478,7 @@ def test_another_model_s_vocabulary_brings_its_files(tmp_path: Path) -> None:
     assert config["pad_token_id"] == 11
     assert config["image_token_id"] is None
     assert json.loads(files["generation_config.json"]) == {"eos_token_id": 1, "top_k": 3}
+    assert config["text_config"]["eos_token_id"] == 9
     own = align(base, base, [donor])
     assert own.donor is None
     assert own.rows == 14

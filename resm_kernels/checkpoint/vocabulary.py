@@ -448,7 +448,9 @@ def _with_ids(
     changed = dict(config)
     for key, value in config.items():
         if isinstance(value, dict) and key == "text_config":
-            changed[key] = _with_ids(value, alignment, donor.get(key) or {})
+            theirs = donor.get(key)
+            theirs = theirs if isinstance(theirs, dict) else donor
+            changed[key] = _with_ids(value, alignment, theirs)
         elif key.endswith(("_token_id", "_token_index")):
             changed[key] = renumber(value, donor.get(key))
     return changed
