@@ -12,6 +12,8 @@ import torch
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
 from resm_kernels.checkpoint.lora import Adapter, LoraPair, read_factors
 from resm_kernels.checkpoint.reader import read_tensor, same_data
+from resm_kernels.checkpoint.tokens import vocabulary_tables
+from resm_kernels.checkpoint.vocabulary import Alignment
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.errors import PlanError
 from resm_kernels.linalg import FactoredDelta
@@ -94,14 +96,31 @@ Decision = tuple[str | None, tuple[Source | FactorSource, ...]]
 
 
 class Matching:
-    """Matches tensors across checkpoints; every misfit is collected and reported together."""
+    """Matches tensors across checkpoints; every misfit is collected and reported together.
+
+    Parameters
+    ----------
+    alignment : Alignment or None
+        How vocabulary tables are brought together, where they are not alike as they stand.
+
+    Attributes
+    ----------
+    tables : frozenset of str
+        The base's tensors that the alignment changes.
+    """
 
     def __init__(
-        self, base: Checkpoint, experts: Sequence[Checkpoint | Adapter], options: EngineOptions
+        self,
+        base: Checkpoint,
+        experts: Sequence[Checkpoint | Adapter],
+        options: EngineOptions,
+        alignment: Alignment | None = None,
     ) -> None:
         self.base = base
         self.experts = experts
         self.options = options
+        self.alignment = alignment
+        self.tables = frozenset(vocabulary_tables(base) if alignment is not None else ())
         self.left_out: dict[str, str] = {}
         whole = [base, *(expert for expert in experts if isinstance(expert, Checkpoint))]
         self._home = {id(c): {name: f for f in c.files for name in f.tensors} for c in whole}
@@ -149,17 +168,25 @@ class Matching:
         for expert in self.experts:
             if isinstance(expert, Adapter):
                 sources.append(self._of_adapter(expert, name))
+                self._check_unaligned(expert, sources[-1], name)
             elif (source := self._find(expert, name)) is None:
                 absent.append(expert.reference)
             else:
                 self._check_alike(expert, source, info)
                 self._check_still_tied(expert, name)
                 sources.append(source)
-        if not absent and all(source.key == self.source(self.base, name).key for source in sources):
+        aligned = name in self.tables
+        own = self.source(self.base, name).key
+        if not absent and not aligned and all(source.key == own for source in sources):
             return "changed by no adapter", ()
         if not absent:
             return None, tuple(sources)
-        if not self.options.allow_missing:
+        if aligned:
+            self._misfits.append(
+                f"{name}: missing from {', '.join(absent)}; a vocabulary table that "
+                "tokenizer_source changes must be in every model"
+            )
+        elif not self.options.allow_missing:
             self._misfits.append(
                 f"{name}: missing from {', '.join(absent)} (--allow-missing copies the base's)"
             )
@@ -174,8 +201,17 @@ class Matching:
                 return Source(adapter.files[0], adapter.full[candidate])
         return self.source(self.base, name)
 
+    def _check_unaligned(self, adapter: Adapter, source: Source | FactorSource, name: str) -> None:
+        if name in self.tables and source.key != self.source(self.base, name).key:
+            self._misfits.append(
+                f"{name}: changed by the adapter {adapter.reference}, and tokenizer_source changes "
+                "its rows: merge the adapter into its base and name that folder"
+            )
+
     def _check_alike(self, expert: Checkpoint, source: Source, info: TensorInfo) -> None:
-        if source.info.shape != info.shape:
+        first = 1 if info.name in self.tables else 0  # rows are aligned
+        ranks = len(source.info.shape), len(info.shape)
+        if source.info.shape[first:] != info.shape[first:] or ranks[0] != ranks[1]:
             self._misfits.append(
                 f"{info.name}: shape {list(source.info.shape)} in {expert.reference}, "
                 f"{list(info.shape)} in the base"

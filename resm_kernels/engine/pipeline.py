@@ -28,6 +28,7 @@ from resm_kernels.checkpoint.journal import (
 )
 from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
 from resm_kernels.checkpoint.reader import check_stamp
+from resm_kernels.checkpoint.vocabulary import output_files
 from resm_kernels.checkpoint.writer import ShardFile
 from resm_kernels.engine.matching import Key
 from resm_kernels.engine.memory import MemoryWatch
@@ -218,7 +219,9 @@ class _Target:
             return
         self.folder.verify_kept(self.plan.layouts)
         check_disk([self.plan], self.folder.output, kept=self.folder.kept)
-        self.companions = companion_files(self.plan.base, self.plan.recipe.out_dtype)
+        companions = companion_files(self.plan.base, self.plan.recipe.out_dtype)
+        alignment = self.plan.alignment
+        self.companions = output_files(companions, alignment) if alignment else companions
 
     def lacks(self, tensor: PlannedTensor) -> bool:
         """Whether the tensor's shard is not finished yet."""

@@ -11,16 +11,18 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from resm_kernels import __version__
 from resm_kernels.checkpoint.dtypes import DTYPES, OUT_DTYPES, DType
 from resm_kernels.checkpoint.files import canonical_json
+from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo
 from resm_kernels.checkpoint.lora import Adapter, open_model
 from resm_kernels.checkpoint.reader import open_checkpoint
+from resm_kernels.checkpoint.vocabulary import Alignment, align, differences
 from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
 from resm_kernels.engine.matching import FactorSource, Matching, Source
 from resm_kernels.engine.memory import available_memory
@@ -61,6 +63,8 @@ class PlannedTensor:
     reads_base, base_counts : bool
         Whether the base is read, and whether its values enter the result (`linear` reads it
         only to fill in for values that are not finite).
+    aligned : bool
+        Whether its rows are brought into the order of the output's vocabulary.
     key : str
         The name under which its parameters were looked up; tied tensors share one.
     weights, options
@@ -78,6 +82,7 @@ class PlannedTensor:
     experts: tuple[Source | FactorSource, ...]
     reads_base: bool
     base_counts: bool
+    aligned: bool
     key: str
     weights: tuple[float, ...]
     options: Any
@@ -201,6 +206,8 @@ class MergePlan:
         In the order in which they are read and merged.
     layouts : tuple of ShardLayout
         The output shards, headers included.
+    alignment : Alignment or None
+        How vocabulary tables are brought together, where they must be.
     left_out : mapping
         Tensors of experts that do not reach the output, with the reason.
     plan_id : str
@@ -217,6 +224,7 @@ class MergePlan:
     experts: tuple[Checkpoint | Adapter, ...]
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[ShardLayout, ...]
+    alignment: Alignment | None
     left_out: Mapping[str, str]
     plan_id: str
     device: torch.device
@@ -320,9 +328,11 @@ def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergeP
         for key, expert in zip(keys, recipe.experts, strict=True):
             if key not in opened:
                 opened[key] = _whole(open_model(expert.model, base))
-        names = (base_name, *(name for _, name in keys))
+        names = (base_name, *(name for _, name in keys), str(recipe.tokenizer_source))
         if names not in matchings:
-            matchings[names] = Matching(base, [opened[key] for key in keys], options)
+            experts = [opened[key] for key in keys]
+            alignment = _alignment(recipe, base, experts)
+            matchings[names] = Matching(base, experts, options, alignment)
         plans.append(_plan(recipe, matchings[names], options, device, budget))
     plan_steps(plans)
     for ignored in dict.fromkeys(i for recipe in recipes for i in recipe.ignored):
@@ -343,6 +353,37 @@ def _whole(opened: Opened) -> Opened:
     return opened
 
 
+def _alignment(
+    recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint | Adapter]
+) -> Alignment | None:
+    """How the vocabularies are brought together; None where every table stays as it is."""
+    source = recipe.tokenizer_source
+    whole = [expert if isinstance(expert, Checkpoint) else base for expert in experts]
+    if source is None:
+        found = differences(base, [expert for expert in whole if expert is not base])
+        for difference in found:
+            if not difference.blocks:
+                LOG.warning("%s", difference)
+        if any(difference.blocks for difference in found):
+            misfits = [f"  - {difference}" for difference in found if difference.blocks]
+            raise PlanError("\n".join(["the vocabularies do not fit together:", *misfits]))
+        return None
+    owner: Literal["base", "union"] | Checkpoint
+    if source in ("base", "union"):
+        owner = "base" if source == "base" else "union"
+    else:
+        reference = ModelReference(source)
+        named = {model: (base, *whole)[i] for i, model in enumerate(recipe.models)}
+        same = [model for known, model in named.items() if known.same_as(reference)]
+        owner = same[0] if same else open_checkpoint(reference)
+    # A base that is one of the models, as `linear` has it, is not more than they are.
+    prefer_base = not any(model.same_as(recipe.base) for model in recipe.models[1:])
+    alignment = align(owner, base, whole, prefer_base=prefer_base)
+    for note in alignment.notes:
+        LOG.info("%s", note)
+    return None if alignment.changes_nothing else alignment
+
+
 def _plan(
     recipe: Recipe, matching: Matching, options: EngineOptions, device: torch.device, budget: int
 ) -> MergePlan:
@@ -352,9 +393,14 @@ def _plan(
     def written(info: TensorInfo) -> DType:
         return out_dtype if out_dtype is not None and info.dtype.mergeable else info.dtype
 
+    def shape(info: TensorInfo) -> tuple[int, ...]:
+        if matching.alignment is None or info.name not in matching.tables:
+            return info.shape
+        return (matching.alignment.rows, *info.shape[1:])
+
     metadata = {a: k for a, k in base.aliases.items() if a not in base.tensors}
     layouts = lay_out_shards(
-        [(n, written(base.tensors[n]), base.tensors[n].shape) for n in decisions],
+        [(n, written(base.tensors[n]), shape(base.tensors[n])) for n in decisions],
         options.shard_size,
         metadata,
     )
@@ -369,6 +415,7 @@ def _plan(
             weights = recipe.weights(key, positions[key])
             rule = "copy"
             on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
+            aligned = slot.name in matching.tables
             base_counts = method.uses_base or on_base or not sources
             workspace = chunk_workspace(slot.shape, len(sources), 8, settings, device.type)
             if sources:
@@ -383,7 +430,8 @@ def _plan(
                     )
                 factored = sum(isinstance(source, FactorSource) for source in sources)
                 made_whole = min(factored, 1) if method.by_matrix and reason is None else factored
-                workspace += made_whole * itemsize * math.prod(slot.shape)
+                copied = len(sources) + 1 if aligned else 0
+                workspace += (made_whole + copied) * itemsize * math.prod(slot.shape)
             tensors.append(
                 PlannedTensor(
                     rule=rule,
@@ -393,8 +441,9 @@ def _plan(
                     slot=slot,
                     base=matching.source(base, slot.name),
                     experts=sources,
-                    reads_base=base_counts or options.nonfinite == "warn",
+                    reads_base=base_counts or aligned or options.nonfinite == "warn",
                     base_counts=base_counts,
+                    aligned=aligned,
                     key=key,
                     weights=weights,
                     options=settings,
@@ -418,6 +467,7 @@ def _plan(
         "config": base.config,
         "inputs": [checkpoint.digest for checkpoint in (base, *matching.experts)],
         "shards": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],
+        "vocabulary": None if matching.alignment is None else matching.alignment.digest,
         "missing": sorted(n for n, (reason, s) in decisions.items() if reason and not s),
     }
     return MergePlan(
@@ -427,6 +477,7 @@ def _plan(
         experts=tuple(matching.experts),
         tensors=tuple(tensors),
         layouts=tuple(layouts),
+        alignment=matching.alignment,
         left_out=matching.left_out,
         plan_id=hashlib.sha256(canonical_json(identity)).hexdigest(),
         device=device,
