@@ -152,6 +152,18 @@ def test_every_rule_covers_each_entry_once(sizes: tuple[int, int, int, int, int]
         covers_once(split, shape)
 
 
+def test_parts_are_views_unless_heads_are_interleaved() -> None:
+    copied = set()
+    for name, shape, config, _ in cases(2, 2, 8, 12, 4):
+        split, tensor = split_rule(name, shape, config), torch.zeros(shape)
+        assert split is not None
+        start = tensor.untyped_storage().data_ptr()
+        if any(part.of(tensor).untyped_storage().data_ptr() != start for part in split.parts):
+            copied.add(name.split(".")[-2])
+    interleaved = {"c_attn", "query_key_value", "qkv_proj", "wqkv", "q_proj", "kv_b_proj"}
+    assert copied == interleaved | {"in_proj_qkvz", "in_proj_ba"}
+
+
 def test_the_cases_reach_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     used = set()
     applies = matrices._applies
@@ -278,14 +290,9 @@ def convolved(*names: str) -> Callable[[Any, Any], Taps]:
         state = state[0] if isinstance(state, dict) else state
         if len(names) == 1:
             return {names[0]: state.clone()}
-        c = model.config
-        each = 8 * getattr(
-            c, "mamba_n_groups", getattr(c, "mamba_ngroups", getattr(c, "n_groups", 0))
-        )
-        inner = state.shape[1] - 2 * each
-        return dict(
-            zip(names, (t.clone() for t in state.split([inner, each, each], 1)), strict=True)
-        )
+        states = 2 * 8
+        cut = state.clone().split([state.shape[1] - 2 * states, states, states], dim=1)
+        return dict(zip(names, cut, strict=True))
 
     return run
 
