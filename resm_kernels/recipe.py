@@ -131,6 +131,8 @@ class Recipe:
     tokenizer_source : str or None
         Whose vocabulary the output has: `base`, `union`, or a model; None where the models' must
         agree.
+    names_base : bool
+        Whether the recipe says `base_model`; else the first model gives the layout.
     overrides : tuple of Override
         The first whose filter is part of a tensor's name counts for it.
     ignored : tuple of str
@@ -144,6 +146,7 @@ class Recipe:
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     out_dtype: str | None = None
     tokenizer_source: str | None = None
+    names_base: bool = True
     overrides: tuple[Override, ...] = ()
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
@@ -207,11 +210,9 @@ class Recipe:
             if expert.parameters:
                 entry["parameters"] = {k: _plain(v) for k, v in expert.parameters.items()}
             models.append(entry)
-        content: dict[str, Any] = {
-            "merge_method": self.method,
-            "base_model": str(self.base),
-            "models": models,
-        }
+        content: dict[str, Any] = {"merge_method": self.method, "models": models}
+        if self.names_base:
+            content["base_model"] = str(self.base)
         if self.parameters:
             content["parameters"] = {k: _plain(v) for k, v in self.parameters.items()}
         if self.out_dtype is not None:
@@ -430,6 +431,7 @@ def build_recipe(content: object, source: str) -> Recipe:
         parameters,
         out_dtype,
         tokenizer_source,
+        content.get("base_model") is not None,
         overrides,
         tuple(mistakes.ignored),
     )

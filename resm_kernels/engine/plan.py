@@ -376,9 +376,7 @@ def _alignment(
         named = {model: (base, *whole)[i] for i, model in enumerate(recipe.models)}
         same = [model for known, model in named.items() if known.same_as(reference)]
         owner = same[0] if same else open_checkpoint(reference)
-    # A base that is one of the models, as `linear` has it, is not more than they are.
-    prefer_base = not any(model.same_as(recipe.base) for model in recipe.models[1:])
-    alignment = align(owner, base, whole, prefer_base=prefer_base)
+    alignment = align(owner, base, whole, prefer_base=recipe.names_base)
     for note in alignment.notes:
         LOG.info("%s", note)
     return None if alignment.changes_nothing else alignment
