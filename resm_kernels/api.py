@@ -18,7 +18,7 @@ from resm_kernels.engine.pipeline import Progress, run_plan, run_plans
 from resm_kernels.engine.plan import MergePlan, make_plan, make_plans
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import NonFiniteError, UsageError
-from resm_kernels.methods import Inputs, find_method, merge_weight
+from resm_kernels.methods import Inputs, find_method, merge_weight, split_of
 from resm_kernels.ops.dtypes import is_finite
 from resm_kernels.recipe import (
     Recipe,
@@ -352,6 +352,7 @@ def merge_tensors(
     parameters: Mapping[str, Any] | None = None,
     out_dtype: torch.dtype | None = None,
     name: str = "",
+    config: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """Merge one weight in memory, on the device where it is.
 
@@ -366,7 +367,10 @@ def merge_tensors(
     out_dtype : torch.dtype, optional
         The base's by default.
     name : str
-        The weight's name, for the `exclude` patterns.
+        The weight's name, for the `exclude` patterns, and part of the key of random drops.
+    config : mapping, optional
+        The model's config.json, by which fused weights and expert stacks are told apart; without
+        it they are merged whole.
 
     Returns
     -------
@@ -407,7 +411,8 @@ def merge_tensors(
     options = chosen.make_options(parameters or {}, len(experts))
     chosen.validate(shares, options)
     inputs = Inputs(name, base, experts)
-    merged = merge_weight(chosen, inputs, shares, options, dtype).tensor
+    split = split_of(chosen, name, base.shape, len(shares), options, config or {})[0]
+    merged = merge_weight(chosen, inputs, shares, options, dtype, split).tensor
     if not is_finite(merged):
         raise NonFiniteError(f"{label}: merged values do not fit {dtype}")
     return merged
@@ -421,8 +426,9 @@ def merge_state_dicts(
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
     out_dtype: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Merge state dicts in memory; parameters as for `merge`.
+    """Merge state dicts in memory; parameters as for `merge`, `config` as for `merge_tensors`.
 
     Every name of the base must be in every expert and the other way round; what is not a float
     tensor (integers, extra state) is copied from the base. The inputs are not changed; the result
@@ -459,5 +465,6 @@ def merge_state_dicts(
             parameters={k.rstrip("_"): v for k, v in vars(options).items()},
             out_dtype=getattr(torch, recipe.out_dtype) if recipe.out_dtype in OUT_DTYPES else None,
             name=name,
+            config=config,
         )
     return merged

@@ -31,11 +31,14 @@ class Loaded:
         What was read, by source.
     device : torch.device
         Where weights are merged.
+    outputs : int
+        How many outputs they are merged for.
     """
 
-    def __init__(self, values: Mapping[Key, Value], device: torch.device) -> None:
+    def __init__(self, values: Mapping[Key, Value], device: torch.device, outputs: int) -> None:
         self._values = dict(values)
         self._device = device
+        self._shared = outputs > 1
         self._bad: dict[tuple[Key, ...], torch.Tensor | None] = {}
         self._aligned: dict[tuple[Key, ...], list[Value]] = {}
         self._inputs: dict[tuple[Key, ...], Inputs] = {}
@@ -73,7 +76,7 @@ class Loaded:
         if keys not in self._inputs or mask is not None:
             base, *experts = [self._placed(values[key], mask) for key in keys]
             assert isinstance(base, torch.Tensor)
-            self._inputs[keys] = Inputs(tensor.key, base, experts)
+            self._inputs[keys] = Inputs(tensor.key, base, experts, shared=self._shared)
         return self._inputs[keys]
 
     def _placed(self, value: Value, mask: torch.Tensor | None) -> Value:
@@ -99,14 +102,16 @@ def merge_planned(plan: MergePlan, tensor: PlannedTensor, loaded: Loaded) -> Mer
     if tensor.rule == "copy":
         merged = Merged(inputs.base.to(out_dtype), "copy")
     else:
-        merged = merge_weight(tensor.method, inputs, tensor.weights, tensor.options, out_dtype)
+        merged = merge_weight(
+            tensor.method, inputs, tensor.weights, tensor.options, out_dtype, tensor.split
+        )
     result = merged.tensor.cpu()
     if not is_finite(result):
         notes += _overflow(plan, tensor, result)
     if mask is not None:
         assert isinstance(base, torch.Tensor)
         result[mask] = base[mask].to(out_dtype)
-    return replace(merged, tensor=result, notes=(*merged.notes, *notes))
+    return replace(merged, tensor=result, notes=(*tensor.notes, *merged.notes, *notes))
 
 
 def _screen(

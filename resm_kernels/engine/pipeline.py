@@ -442,7 +442,7 @@ class _Run:
 
     def _compute(self, task: _Task, inputs: dict[Key, torch.Tensor | FactoredDelta]) -> None:
         torch.set_num_threads(self.plan.options.threads)
-        loaded = Loaded(inputs, self.plan.device)
+        loaded = Loaded(inputs, self.plan.device, len(task.parts))
         inputs.clear()
         for target, tensor in task.parts:
             start = time.perf_counter()
@@ -452,6 +452,7 @@ class _Run:
                 rule=merged.rule,
                 reason=tensor.reason,
                 shape=tensor.slot.shape,
+                matrices=tensor.split.label if tensor.split else None,
                 ranks=merged.ranks,
                 weights=merged.weights,
                 outlier_scores=merged.outlier_scores,

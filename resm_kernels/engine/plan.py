@@ -28,7 +28,7 @@ from resm_kernels.engine.matching import FactorSource, Matching, Source
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
-from resm_kernels.methods import Method
+from resm_kernels.methods import Method, Split, split_of
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.ops.launch import architecture, triton_version
 from resm_kernels.recipe import Recipe, layer_positions
@@ -55,6 +55,10 @@ class PlannedTensor:
         Why the rule is not the method.
     method : Method
         The recipe's method for this tensor.
+    split : Split or None
+        The matrices in it that are merged one by one.
+    notes : tuple of str
+        What was decided about it, in words.
     slot : Slot
         Its place in the output shard `shard`.
     base, experts : Source, tuple of Source or FactorSource
@@ -76,6 +80,8 @@ class PlannedTensor:
     rule: str
     reason: str | None
     method: Method[Any]
+    split: Split | None
+    notes: tuple[str, ...]
     shard: int
     slot: Slot
     base: Source
@@ -284,6 +290,7 @@ class MergePlan:
                     "shape": list(t.slot.shape),
                     "rule": t.rule,
                     "reason": t.reason,
+                    "matrices": t.split and t.split.label,
                     "dtype": t.base.info.dtype.name,
                     "out_dtype": t.slot.dtype.name,
                     "shard": self.layouts[t.shard].name,
@@ -416,16 +423,24 @@ def _plan(
             aligned = slot.name in matching.tables
             base_counts = method.uses_base or on_base or not sources
             workspace = chunk_workspace(slot.shape, len(sources), 8, settings, device.type)
+            split: Split | None = None
+            notes: tuple[str, ...] = ()
             if sources:
                 method.validate(weights, settings)
-                reason = method.declines(key, slot.shape, len(sources), settings)
+                given = (key, slot.shape, len(sources), settings)
+                split, notes = split_of(method, *given, base.config)
+                reason = None if split else method.declines(*given)
                 rule = method.name if reason is None else "mean"
                 wide = any(s.wide for s in (matching.source(base, slot.name), *sources))
                 itemsize = 8 if wide else 4
+                shapes = {part.shape for part in split.parts} if split else {slot.shape}
                 if reason is None:
-                    workspace = method.workspace(
-                        slot.shape, len(sources), itemsize, settings, device.type
+                    workspace = max(
+                        method.workspace(shape, len(sources), itemsize, settings, device.type)
+                        for shape in shapes
                     )
+                if split:  # parts that are not views of their tensors
+                    workspace += (len(sources) + 2) * itemsize * max(map(math.prod, shapes))
                 factored = sum(isinstance(source, FactorSource) for source in sources)
                 made_whole = min(factored, 1) if method.by_matrix and reason is None else factored
                 copied = len(sources) + 1 if aligned else 0
@@ -436,6 +451,8 @@ def _plan(
                     reason=reason,
                     method=method,
                     shard=shard,
+                    split=split,
+                    notes=notes,
                     slot=slot,
                     base=matching.source(base, slot.name),
                     experts=sources,

@@ -7,6 +7,7 @@ its shape and the model's config; a size that the config does not confirm splits
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -70,6 +71,21 @@ class Part:
         """Write the matrix to its place in a contiguous tensor `out`; dtypes may differ."""
         place = out.view(self.view)[self._index]
         place.copy_(matrix.reshape(place.shape))
+
+    def factors(
+        self, left: torch.Tensor, right: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The factors of this part of left @ right.T; None where it mixes rows and columns."""
+        sizes = [stop - start for start, stop in self.ranges]
+        for axis in range(1, len(self.view)):
+            whole = math.prod(self.view[:axis]), math.prod(self.view[axis:])
+            mine = math.prod(sizes[:axis]), math.prod(sizes[axis:])
+            if whole == (len(left), len(right)) and mine == self.shape:
+                index = self._index
+                rows = left.reshape(*self.view[:axis], -1)[index[:axis]]
+                columns = right.reshape(*self.view[axis:], -1)[index[axis:]]
+                return rows.reshape(mine[0], -1), columns.reshape(mine[1], -1)
+        return None
 
     @property
     def _index(self) -> tuple[slice, ...]:

@@ -25,8 +25,10 @@ from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 from resm_kernels.ops.low_rank import PANEL, add_low_rank
 from resm_kernels.ops.mask import Mask
 
-EXCLUDE = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*", "shared.weight")
-"""Vocabulary and position tables, and norms: matrices in shape, but not linear maps."""
+EXCLUDE = (
+    "*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*", "shared.weight", "*bias", "*A_log",
+)  # fmt: skip
+"""Tables, norms, biases of experts, state-space rates: matrices in shape, but not linear maps."""
 BLAS_BUFFERS = 24 << 20
 """Bytes that BLAS and LAPACK libraries keep per thread to pack their operands."""
 SLACK = 1.1

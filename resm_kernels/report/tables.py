@@ -23,7 +23,8 @@ def plan_table(plan: MergePlan) -> RenderableType:
         by_rule.add_column(heading, justify="left" if heading in ("rule", "why") else "right")
     groups: dict[tuple[str, str], list[int]] = {}
     for tensor in plan.tensors:
-        row = groups.setdefault((tensor.rule, tensor.reason or ""), [0, 0, 0])
+        why = tensor.reason or (f"as {tensor.split.label}" if tensor.split else "")
+        row = groups.setdefault((tensor.rule, why), [0, 0, 0])
         row[0] += 1
         row[1] += tensor.read_bytes
         row[2] += tensor.write_bytes
