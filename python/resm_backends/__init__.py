@@ -1,0 +1,1 @@
+"""Adapters that let other merging tools use resm-kernels; each needs its tool installed."""
