@@ -93,7 +93,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_methods_lists_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"linear", "task_arithmetic", "tsvm", "iso_c", "resm"}
+    assert set(found) == {"linear", "task_arithmetic", "tsvm", "iso_c", "iso_cts", "resm"}
     assert found["resm"]["parameters"]["sigma"]["default"] == 3.0
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out

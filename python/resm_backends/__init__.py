@@ -1,1 +1,1 @@
-"""Adapters that let other merging tools use resm-kernels; each needs its tool installed."""
+"""Doors from other tools into resm-kernels, a module for each."""

@@ -110,10 +110,13 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """SHA-256 over the header digests and stamps of all files: the inputs' identity."""
-        parts = [
-            f"{f.path.name} {f.header_digest} {f.stamp.size} {f.stamp.mtime_ns}" for f in self.files
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return files_digest(self.files)
+
+
+def files_digest(files: Iterable[WeightFile]) -> str:
+    """SHA-256 over the header digests and stamps of files."""
+    parts = [f"{f.path.name} {f.header_digest} {f.stamp.size} {f.stamp.mtime_ns}" for f in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def read_safetensors_header(path: Path) -> WeightFile:

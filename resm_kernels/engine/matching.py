@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
-from resm_kernels.checkpoint.reader import same_data
+from resm_kernels.checkpoint.reader import read_tensor, same_data
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.errors import PlanError
 from resm_kernels.methods import matches
@@ -16,12 +19,30 @@ TABLES = ("*embed*", "*lm_head*", "*wte*", "*shared.weight", "*output.weight")
 """Names of input and output embeddings, which a config may tie."""
 
 
+Key = tuple[str, str]
+"""What tells inputs apart: the file, and the tensor in it."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One input tensor and the file it lies in."""
 
     file: WeightFile
     info: TensorInfo
+
+    @property
+    def key(self) -> Key:
+        """What tells it from other inputs."""
+        return str(self.info.file), self.info.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return self.info.nbytes
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        return read_tensor(self.file, self.info)
 
 
 class Matching:
@@ -49,7 +70,8 @@ class Matching:
         """An input tensor with its file."""
         return Source(self._home[id(checkpoint)][name], checkpoint.tensors[name])
 
-    def decide(self) -> dict[str, tuple[str | None, tuple[Source, ...]]]:
+    @functools.cached_property
+    def decisions(self) -> dict[str, tuple[str | None, tuple[Source, ...]]]:
         """For every output tensor: why it is copied, or the experts' tensors to merge."""
         decisions = {name: self._decide_one(name, info) for name, info in self.base.tensors.items()}
         for expert in self.experts:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
+import logging
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from resm_kernels import __version__
 from resm_kernels.checkpoint.dtypes import DTYPES, OUT_DTYPES, DType
 from resm_kernels.checkpoint.files import canonical_json
+from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo
 from resm_kernels.checkpoint.reader import open_checkpoint
 from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
@@ -22,12 +26,14 @@ from resm_kernels.engine.matching import Matching, Source
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
-from resm_kernels.methods import METHODS
+from resm_kernels.methods import Method
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.ops.launch import architecture, triton_version
 from resm_kernels.recipe import Recipe, layer_positions
 
-NUMERICS = 3
+LOG = logging.getLogger(__name__)
+
+NUMERICS = 4
 """Raised whenever the same plan would give other bytes."""
 PREFETCH = 2
 """Weights read ahead of the workers."""
@@ -45,6 +51,8 @@ class PlannedTensor:
         The method's name, `mean` (of deltas) or `copy` (from the base).
     reason : str or None
         Why the rule is not the method.
+    method : Method
+        The recipe's method for this tensor.
     slot : Slot
         Its place in the output shard `shard`.
     base, experts : Source
@@ -62,6 +70,7 @@ class PlannedTensor:
 
     rule: str
     reason: str | None
+    method: Method[Any]
     shard: int
     slot: Slot
     base: Source
@@ -86,7 +95,7 @@ class PlannedTensor:
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs."""
-        return sum(source.info.nbytes for source in self.sources)
+        return sum(source.nbytes for source in self.sources)
 
     @property
     def write_bytes(self) -> int:
@@ -102,6 +111,88 @@ class PlannedTensor:
     def memory(self) -> int:
         """Most bytes this tensor needs at once."""
         return self.held_bytes + self.workspace
+
+
+@dataclass(frozen=True)
+class Step:
+    """One weight as every output needs it, read once.
+
+    Attributes
+    ----------
+    tensors : tuple of PlannedTensor
+        One per output.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+
+    @functools.cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """What is read, each once."""
+        return tuple({s.key: s for tensor in self.tensors for s in tensor.sources}.values())
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the inputs."""
+        return sum(source.nbytes for source in self.sources)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held from reading to writing."""
+        return self.read_bytes + sum(tensor.write_bytes for tensor in self.tensors)
+
+    @property
+    def workspace(self) -> int:
+        """Most bytes beside them; several outputs keep the last factorisation for each other."""
+        largest = max(tensor.workspace for tensor in self.tensors)
+        first = self.tensors[0].slot
+        if len(self.tensors) == 1 or len(first.shape) < 2:
+            return largest
+        *stack, rows, columns = first.shape
+        kept = 16 * math.prod(stack) * (rows + columns) * min(rows, columns)
+        by_matrix = any(tensor.method.by_matrix for tensor in self.tensors)
+        return largest + kept * by_matrix
+
+    @property
+    def memory(self) -> int:
+        """Most bytes that this step needs at once."""
+        return self.held_bytes + self.workspace
+
+
+def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
+    """The steps that carry out several plans of the same inputs, layouts and options at once.
+
+    Raises
+    ------
+    PlanError
+        Where one weight, for all outputs, needs more memory than the budget.
+    """
+    steps = tuple(map(Step, zip(*(plan.tensors for plan in plans), strict=True)))
+    largest = max(steps, key=lambda step: step.memory)
+    budget = plans[0].memory_budget
+    if largest.memory > budget:
+        slot = largest.tensors[0].slot
+        many = f" for {len(plans)} outputs" if len(plans) > 1 else ""
+        raise PlanError(
+            f"tensor {slot.name!r} {list(slot.shape)}{many} needs more memory than allowed",
+            got=f"{largest.memory:,} bytes, of which {largest.workspace:,} to factor it",
+            expected=f"at most {budget:,} bytes",
+            fix="raise --memory-budget, or merge on a machine with more memory"
+            + (", or fewer outputs at a time" if many else ""),
+        )
+    return steps
+
+
+def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
+    """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
+    window = plan.workers + PREFETCH
+    held = [step.held_bytes for step in steps]
+    workspace = [step.workspace for step in steps]
+    peak = 0
+    for start in range(len(steps)):
+        inside = slice(start, start + window)
+        busy = sorted(workspace[inside], reverse=True)[: plan.workers]
+        peak = max(peak, sum(held[inside]) + sum(busy))
+    return min(peak, plan.memory_budget)
 
 
 @dataclass(frozen=True)
@@ -149,13 +240,7 @@ class MergePlan:
     @property
     def peak_memory(self) -> int:
         """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
-        window = self.workers + PREFETCH
-        peak = 0
-        for start in range(len(self.tensors)):
-            inside = self.tensors[start : start + window]
-            busy = sorted((t.workspace for t in inside), reverse=True)[: self.workers]
-            peak = max(peak, sum(t.held_bytes for t in inside) + sum(busy))
-        return min(peak, self.memory_budget)
+        return predicted_peak(plan_steps([self]), self)
 
     @property
     def input_folders(self) -> tuple[Path, ...]:
@@ -215,17 +300,45 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         Where the inputs do not fit together (every misfit is listed), or one weight needs more
         memory than the budget.
     """
-    base = open_checkpoint(recipe.base)
-    experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
-    for checkpoint in (base, *experts):
-        if checkpoint.config.get("quantization_config"):
-            raise PlanError(
-                f"{checkpoint.reference}: quantised weights cannot be merged",
-                fix="merge the checkpoint it was made from, or dequantise it first",
-            )
+    return make_plans([recipe], options)[0]
+
+
+def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
+    """Plan the merges of several recipes for the same models; as `make_plan`."""
+    opened: dict[str, Checkpoint] = {}
+    matchings: dict[tuple[str, ...], Matching] = {}
     device = _device(options.device)
-    matching = Matching(base, experts, options)
-    decisions = matching.decide()
+    budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
+    plans = []
+    for recipe in recipes:
+        names = (recipe.base.text, *(expert.model.text for expert in recipe.experts))
+        for name in names:
+            if name not in opened:
+                opened[name] = _open(ModelReference(name))
+        if names not in matchings:
+            base, *experts = (opened[name] for name in names)
+            matchings[names] = Matching(base, experts, options)
+        plans.append(_plan(recipe, matchings[names], options, device, budget))
+    plan_steps(plans)
+    for ignored in dict.fromkeys(i for recipe in recipes for i in recipe.ignored):
+        LOG.warning("recipe: %s; ignored", ignored)
+    return plans
+
+
+def _open(reference: ModelReference) -> Checkpoint:
+    checkpoint = open_checkpoint(reference)
+    if checkpoint.config.get("quantization_config"):
+        raise PlanError(
+            f"{checkpoint.reference}: quantised weights cannot be merged",
+            fix="merge the checkpoint it was made from, or dequantise it first",
+        )
+    return checkpoint
+
+
+def _plan(
+    recipe: Recipe, matching: Matching, options: EngineOptions, device: torch.device, budget: int
+) -> MergePlan:
+    base, decisions = matching.base, matching.decisions
     out_dtype = DTYPES[OUT_DTYPES[recipe.out_dtype]] if recipe.out_dtype else None
 
     def written(info: TensorInfo) -> DType:
@@ -237,13 +350,13 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         options.shard_size,
         metadata,
     )
-    method = METHODS[recipe.method]
     positions = layer_positions(decisions)
     tensors = []
     for shard, layout in enumerate(layouts):
         for slot in layout.slots:
             reason, sources = decisions[slot.name]
             key = matching.canonical(slot.name)
+            method = recipe.method_for(key)
             settings = recipe.options(key, positions[key])
             weights = recipe.weights(key, positions[key])
             rule = "copy"
@@ -251,7 +364,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
             if sources:
                 method.validate(weights, settings)
                 reason = method.declines(key, slot.shape, len(sources), settings)
-                rule = recipe.method if reason is None else "mean"
+                rule = method.name if reason is None else "mean"
                 inputs = (matching.source(base, slot.name), *sources)
                 wide = any(s.info.dtype.name == "F64" for s in inputs)
                 if reason is None:
@@ -263,6 +376,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
                 PlannedTensor(
                     rule=rule,
                     reason=reason,
+                    method=method,
                     shard=shard,
                     slot=slot,
                     base=matching.source(base, slot.name),
@@ -276,15 +390,6 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
                 )
             )
 
-    budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
-    largest = max(tensors, key=lambda t: t.memory)
-    if largest.memory > budget:
-        raise PlanError(
-            f"tensor {largest.name!r} {list(largest.slot.shape)} needs more memory than allowed",
-            got=f"{largest.memory:,} bytes, of which {largest.workspace:,} to factor it",
-            expected=f"at most {budget:,} bytes",
-            fix="raise --memory-budget, or merge on a machine with more memory",
-        )
     identity = {
         "numerics": NUMERICS,
         "version": __version__,
@@ -299,7 +404,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         if device.type == "cpu"
         else architecture(device),
         "config": base.config,
-        "inputs": [checkpoint.digest for checkpoint in (base, *experts)],
+        "inputs": [checkpoint.digest for checkpoint in (base, *matching.experts)],
         "shards": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],
         "missing": sorted(n for n, (reason, s) in decisions.items() if reason and not s),
     }
@@ -307,7 +412,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         recipe=recipe,
         options=options,
         base=base,
-        experts=experts,
+        experts=tuple(matching.experts),
         tensors=tuple(tensors),
         layouts=tuple(layouts),
         left_out=matching.left_out,
@@ -318,10 +423,12 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
     )
 
 
-def check_disk(plan: MergePlan, output: Path, kept: Iterable[str] = ()) -> None:
-    """Raise PlanError where the output would not fit on its disk; `kept` shards are there."""
+def check_disk(plans: Sequence[MergePlan], output: Path, kept: Iterable[str] = ()) -> None:
+    """Raise PlanError where the outputs would not fit on their disk; `kept` shards are there."""
     kept = set(kept)
-    needed = sum(layout.size for layout in plan.layouts if layout.name not in kept) + MARGIN
+    needed = MARGIN + sum(
+        layout.size for plan in plans for layout in plan.layouts if layout.name not in kept
+    )
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise PlanError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from resm_kernels.linalg.polar import PolarBackend, PolarFactor, polar_factor
-from resm_kernels.linalg.subspace import Subspace, leading_subspaces, times_power_of_two
+from resm_kernels.linalg.subspace import Delta, Subspace, leading_subspaces, times_power_of_two
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def spectral_merge(
     )
 
 
-def equalise(delta: torch.Tensor) -> tuple[SpectralMerge, int]:
+def equalise(delta: Delta) -> tuple[SpectralMerge, int]:
     """Replace every non-zero singular value of a matrix by the mean over all of them.
 
     Parameters
     ----------
-    delta : Tensor, m x n
+    delta : Tensor, m x n, or FactoredDelta
         Finite, any float dtype.
 
     Returns

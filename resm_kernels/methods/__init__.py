@@ -13,14 +13,24 @@ import torch
 from resm_kernels.errors import NumericsError, UsageError
 from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_deltas
 from resm_kernels.methods.base import Merged, Method, Option, matches
-from resm_kernels.methods.spectral import ISO_C, RESM, TSVM
+from resm_kernels.methods.inputs import Inputs
+from resm_kernels.methods.spectral import ISO_C, ISO_CTS, RESM, TSVM
 from resm_kernels.ops.dtypes import full_float32
 from resm_kernels.ops.launch import on_kernels
 
-__all__ = ["METHODS", "Merged", "Method", "Option", "find_method", "matches", "merge_weight"]
+__all__ = [
+    "METHODS",
+    "Inputs",
+    "Merged",
+    "Method",
+    "Option",
+    "find_method",
+    "matches",
+    "merge_weight",
+]
 
 METHODS: dict[str, Method[Any]] = {
-    method.name: method for method in (LINEAR, TASK_ARITHMETIC, TSVM, ISO_C, RESM)
+    method.name: method for method in (LINEAR, TASK_ARITHMETIC, TSVM, ISO_C, ISO_CTS, RESM)
 }
 
 
@@ -38,9 +48,7 @@ def find_method(name: str) -> Method[Any]:
 
 def merge_weight(
     method: Method[Any],
-    name: str,
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
+    inputs: Inputs,
     weights: Sequence[float],
     options: Any,
     out_dtype: torch.dtype,
@@ -49,10 +57,8 @@ def merge_weight(
 
     Parameters
     ----------
-    name : str
-        The weight's name; only its `exclude` patterns look at it.
-    base, experts : Tensor
-        One shape, any float dtypes, finite, one device.
+    inputs : Inputs
+        Base and experts, finite; only `exclude` patterns and random drops look at the name.
     weights : sequence of float
         One per expert; 1 is neutral.
     options
@@ -65,14 +71,15 @@ def merge_weight(
     NumericsError
         Where memory runs out, or a factorisation does not converge.
     """
-    declined = method.declines(name, base.shape, len(experts), options) is not None
-    where = f"tensor {name!r} {list(base.shape)}"
+    base = inputs.base
+    declined = method.declines(inputs.name, base.shape, len(weights), options) is not None
+    where = f"tensor {inputs.name!r} {list(base.shape)}"
     try:
         if declined:
-            merged = mean_of_deltas(base, experts, weights, options.lambda_, out_dtype)
+            merged = mean_of_deltas(inputs, weights, options.lambda_, out_dtype)
         else:
             with full_float32:
-                merged = method.merge(base, experts, weights, options, out_dtype)
+                merged = method.merge(inputs, weights, options, out_dtype)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
     except (MemoryError, RuntimeError) as error:
@@ -84,6 +91,6 @@ def merge_weight(
         raise
     if not base.is_cuda:
         return merged
-    if on_kernels((base, *experts), out_dtype):
+    if on_kernels(inputs.tensors, out_dtype):
         return replace(merged, backends=(*merged.backends, "triton"))
     return replace(merged, notes=(*merged.notes, "plain torch: no Triton kernels here"))

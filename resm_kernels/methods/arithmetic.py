@@ -9,6 +9,7 @@ import torch
 
 from resm_kernels.errors import UsageError
 from resm_kernels.methods.base import Merged, Method, never_declines, option
+from resm_kernels.methods.inputs import Inputs
 from resm_kernels.ops.consensus import weighted_deltas, weighted_sum
 from resm_kernels.ops.dtypes import chunk_on
 
@@ -45,19 +46,17 @@ def _validate_linear(weights: Sequence[float], options: LinearOptions) -> None:
 
 
 def _linear(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
+    inputs: Inputs,
     weights: Sequence[float],
     options: LinearOptions,
     out_dtype: torch.dtype,
 ) -> Merged:
-    tensor = weighted_sum(experts, weights, out_dtype=out_dtype, normalize=options.normalize)
+    tensor = weighted_sum(inputs.whole(), weights, out_dtype=out_dtype, normalize=options.normalize)
     return Merged(tensor, "linear", weights=tuple(weights))
 
 
 def _task_arithmetic(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
+    inputs: Inputs,
     weights: Sequence[float],
     options: TaskArithmeticOptions,
     out_dtype: torch.dtype,
@@ -65,21 +64,30 @@ def _task_arithmetic(
     total = sum(weights)
     divisor = total if options.normalize and abs(total) >= 1e-8 else 1.0
     tensor = weighted_deltas(
-        base, experts, weights, scale=options.lambda_, divisor=divisor, out_dtype=out_dtype
+        inputs.base,
+        inputs.whole(),
+        weights,
+        scale=options.lambda_,
+        divisor=divisor,
+        out_dtype=out_dtype,
     )
     return Merged(tensor, "task_arithmetic", weights=tuple(weights))
 
 
 def mean_of_deltas(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
+    inputs: Inputs,
     weights: Sequence[float],
     scale: float,
     out_dtype: torch.dtype,
 ) -> Merged:
     """W_0 + lambda * mean_t w_t (W_t - W_0): what the spectral methods do with other weights."""
     tensor = weighted_deltas(
-        base, experts, weights, scale=scale, divisor=float(len(experts)), out_dtype=out_dtype
+        inputs.base,
+        inputs.whole(),
+        weights,
+        scale=scale,
+        divisor=float(len(weights)),
+        out_dtype=out_dtype,
     )
     return Merged(tensor, "mean", weights=tuple(weights))
 

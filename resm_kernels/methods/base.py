@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from resm_kernels.errors import UsageError
+from resm_kernels.methods.inputs import Inputs
 
 LARGEST = 1e30
 """Largest magnitude of a number in a recipe: far beyond use, inside float32."""
@@ -36,6 +37,7 @@ class Option:
     choices: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None
+    per_model: bool = False
 
     def check(self, value: object) -> Value:
         """Return the value in its own type, or raise ValueError saying what is allowed."""
@@ -52,7 +54,10 @@ class Option:
             if isinstance(value, bool):
                 return value
             raise ValueError(f"got {value!r}, expected true or false")
-        return self._check_number(value)
+        number = self._check_number(value)
+        if self.kind is int and number != int(number):
+            raise ValueError(f"got {value!r}, expected a whole number")
+        return int(number) if self.kind is int else number
 
     def _check_number(self, value: object) -> float:
         try:
@@ -74,7 +79,18 @@ def option(
     default: Value, help: str, *, low: float | None = None, high: float | None = None
 ) -> Any:
     """Declare an option as a dataclass field; its name and type come from the annotation."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+    return field(
+        default=default, metadata={"help": help, "low": low, "high": high, "per_model": False}
+    )
+
+
+def model_option(
+    default: float, help: str, *, low: float | None = None, high: float | None = None
+) -> Any:
+    """Declare an option with a number for every expert, a `tuple[float, ...]` field."""
+    return field(
+        default=default, metadata={"help": help, "low": low, "high": high, "per_model": True}
+    )
 
 
 def option_specs(options: type[Any]) -> dict[str, Option]:
@@ -85,12 +101,12 @@ def option_specs(options: type[Any]) -> dict[str, Option]:
         hint = hints[f.name]
         literal = typing.get_origin(hint) is Literal
         kind = str if literal else tuple if typing.get_origin(hint) is tuple else hint
+        if f.metadata["per_model"]:
+            kind = float
         choices = typing.get_args(hint) if literal else ()
         name = f.name.rstrip("_")
         default: Any = f.default
-        specs[name] = Option(
-            name, kind, default, f.metadata["help"], choices, f.metadata["low"], f.metadata["high"]
-        )
+        specs[name] = Option(name, kind, default, choices=choices, **f.metadata)
     return specs
 
 
@@ -105,7 +121,8 @@ class Merged:
     rule : str
         The method that ran: the one asked for, or `mean` where it does not treat this weight.
     ranks, weights, outlier_scores : tuple
-        Per expert; empty where they have no meaning.
+        Per expert, matrix by matrix where the weight holds several; empty where they have no
+        meaning.
     sparsity : float or None
         Mean share of entries at or below the noise floor.
     backends : tuple of str
@@ -135,7 +152,7 @@ class Method(Generic[OptionsT]):
     options : dataclass type
         Fields declared with `option`.
     merge : callable
-        (base, experts, weights, options, out_dtype) -> Merged.
+        (inputs, weights, options, out_dtype) -> Merged.
     declines : callable
         (name, shape, experts, options) -> the reason why a weight gets the mean of deltas
         instead, or None.
@@ -147,6 +164,10 @@ class Method(Generic[OptionsT]):
     validate : callable
         (weights, options) -> None, or UsageError where they cannot go together; called while
         planning.
+    experts : tuple
+        Fewest and most experts (None: any number).
+    by_matrix : bool
+        Whether it merges linear maps, so that a tensor which holds several is split.
     """
 
     name: str
@@ -154,28 +175,40 @@ class Method(Generic[OptionsT]):
     formula: str
     source: str
     options: type[OptionsT]
-    merge: Callable[
-        [torch.Tensor, Sequence[torch.Tensor], Sequence[float], OptionsT, torch.dtype], Merged
-    ]
+    merge: Callable[[Inputs, Sequence[float], OptionsT, torch.dtype], Merged]
     workspace: Callable[[Sequence[int], int, int, OptionsT, str], int]
     declines: Callable[[str, Sequence[int], int, OptionsT], str | None]
     uses_base: bool = True
     validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None
+    experts: tuple[int, int | None] = (1, None)
+    by_matrix: bool = False
 
     @functools.cached_property
     def specs(self) -> dict[str, Option]:
         """Options by the name that users write."""
         return option_specs(self.options)
 
-    def make_options(self, values: Mapping[str, object]) -> OptionsT:
-        """Build checked options from user-written names; UsageError names every mistake."""
-        specs, checked, mistakes = self.specs, {}, []
+    def make_options(self, values: Mapping[str, object], experts: int) -> OptionsT:
+        """Build checked options from user-written names; UsageError names every mistake.
+
+        An option per model takes a number for all, or a list of one for each of the `experts`.
+        """
+        specs, mistakes = self.specs, []
+        checked: dict[str, Value | tuple[Value, ...]] = {
+            name: (spec.default,) * experts for name, spec in specs.items() if spec.per_model
+        }
         for name, value in values.items():
             if name not in specs:
                 mistakes.append(f"{name}: unknown; {self.name} has {', '.join(specs) or 'none'}")
                 continue
             try:
-                checked[name] = specs[name].check(value)
+                if not specs[name].per_model:
+                    checked[name] = specs[name].check(value)
+                    continue
+                each = list(value) if isinstance(value, list | tuple) else [value] * experts
+                if len(each) != experts:
+                    raise ValueError(f"got {len(each)} values for {experts} experts")
+                checked[name] = tuple(specs[name].check(one) for one in each)
             except ValueError as error:
                 mistakes.append(f"{name}: {error}")
         if mistakes:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from resm_kernels.linalg import Solver, SolverOptions, SpectralMerge, equalise
+from resm_kernels.linalg import (
+    FactoredDelta,
+    Solver,
+    SolverOptions,
+    SpectralMerge,
+    equalise,
+    leading_subspaces,
+)
+from resm_kernels.linalg.subspace import Delta
 from resm_kernels.methods.base import Merged, Method, matches, option
+from resm_kernels.methods.inputs import Inputs
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
-from resm_kernels.ops.dtypes import compute_dtype
 from resm_kernels.ops.low_rank import PANEL, add_low_rank
-from resm_kernels.ops.mask import Mask, masked_delta
+from resm_kernels.ops.mask import Mask
 
 EXCLUDE = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*", "shared.weight")
 """Vocabulary and position tables, and norms: matrices in shape, but not linear maps."""
@@ -32,6 +41,9 @@ class SpectralOptions:
     exclude: tuple[str, ...] = option(
         EXCLUDE, "name patterns of 2-D weights that get the mean of deltas; [] for none"
     )
+    split: bool = option(
+        True, "merge the matrices of fused weights (qkv, gate_up) and expert stacks one by one"
+    )
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,15 @@ class TruncatingOptions(SpectralOptions):
         "auto",
         "auto: within the accuracy contract; exact: float64; fast: to 1e-2, gains on a GPU; "
         "textbook: float32 SVDs as published",
+    )
+
+
+@dataclass(frozen=True)
+class IsoCtsOptions(TruncatingOptions):
+    """Options of `iso_cts`."""
+
+    common_space: float = option(
+        0.8, "share of min(m, n) directions taken from the summed delta", low=0, high=1
     )
 
 
@@ -109,78 +130,122 @@ def equalising_workspace(
     return int(SLACK * max(factoring, rebuilding)) + BLAS_BUFFERS
 
 
+def common_space_workspace(
+    shape: Sequence[int], experts: int, itemsize: int, options: IsoCtsOptions, device: str
+) -> int:
+    """Bytes that Iso-CTS holds at its peak: Iso-C's, and the bases of all experts."""
+    held = 2 * 8 * sum(shape) * min(shape) + 8 * shape[0] * shape[1]
+    return equalising_workspace(shape, experts, itemsize, options, device) + held
+
+
 def _panels(shape: Sequence[int], itemsize: int) -> int:
     return 3 * itemsize * min(PANEL, shape[0] * shape[1])
 
 
 def _tsvm(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    options: TruncatingOptions,
-    out_dtype: torch.dtype,
+    inputs: Inputs, weights: Sequence[float], options: TruncatingOptions, out_dtype: torch.dtype
 ) -> Merged:
-    limit = min(base.shape) // len(experts)
+    limit = min(inputs.base.shape) // len(weights)
     return _merge_subspaces(
-        base, experts, weights, [limit] * len(experts), options, out_dtype, rule="tsvm"
+        inputs, weights, [limit] * len(weights), options, out_dtype, rule="tsvm"
     )
 
 
 def _resm(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    options: ResmOptions,
-    out_dtype: torch.dtype,
+    inputs: Inputs, weights: Sequence[float], options: ResmOptions, out_dtype: torch.dtype
 ) -> Merged:
-    count = len(experts)
-    limit = min(base.shape) // count
-    stats = delta_stats(base, experts, sigma=options.sigma, noise_floor=options.noise_floor)
+    count, p = len(weights), min(inputs.base.shape)
+    limit = p // count
+    stats = _stats(inputs, options.sigma, options.noise_floor)
     scores = [_outlier_score(s, options.outlier_score) for s in stats]
     changed = [s.abs_sum > 0.0 for s in stats]
     outlier_weights = outlier_weighting(scores, options.outlier_power, changed)
     sparsity = sum(s.sparsity for s in stats) / count
     rank = limit
     if options.rank == "sparsity":
-        rank = sparse_rank(min(base.shape), count, sparsity, options.rank_sparsity)
+        rank = sparse_rank(p, count, sparsity, options.rank_sparsity)
     elif options.rank == "fixed":
         rank = max(1, round(limit * options.rank_fraction))
     merged = _merge_subspaces(
-        base,
-        experts,
+        inputs,
         [weight * user for weight, user in zip(outlier_weights, weights, strict=True)],
         [rank] * count,
         options,
         out_dtype,
         rule="resm",
         energy=options.rank_energy if options.rank == "energy" else None,
-        masks=[Mask(floor=s.floor) for s in stats] if options.mask_noise else None,
+        masks=tuple(Mask(floor=s.floor) for s in stats) if options.mask_noise else None,
     )
     return replace(merged, outlier_scores=tuple(scores), sparsity=sparsity)
 
 
+def _stats(inputs: Inputs, sigma: float, noise_floor: float) -> list[DeltaStats]:
+    def find() -> list[DeltaStats]:
+        score = functools.partial(delta_stats, inputs.base, sigma=sigma, noise_floor=noise_floor)
+        if not inputs.factored:
+            return score(inputs.whole())
+        return [score([inputs.expert(t)])[0] for t in range(len(inputs.experts))]
+
+    return inputs.once("stats", (sigma, noise_floor), find)
+
+
 def _iso_c(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    options: SpectralOptions,
-    out_dtype: torch.dtype,
+    inputs: Inputs, weights: Sequence[float], options: SpectralOptions, out_dtype: torch.dtype
 ) -> Merged:
-    total = torch.zeros(base.shape, dtype=torch.float64, device=base.device)
-    for expert, weight in zip(experts, weights, strict=True):
-        total.add_(masked_delta(base, expert), alpha=weight)
-    merge, rank = equalise(total)
-    (tensor,) = add_low_rank(
-        base, merge.left, merge.right, scales=[options.lambda_], out_dtype=out_dtype
+    merge, rank = inputs.once(
+        "equalised", tuple(weights), lambda: equalise(_weighted_total(inputs, weights))
     )
-    return Merged(
-        tensor,
-        "iso_c",
-        ranks=(rank,),
-        weights=tuple(weights),
-        backends=merge.backends,
-        notes=(*merge.fallbacks, *_null_note(merge)),
-    )
+    return _rebuild(inputs, merge, [rank], weights, options, out_dtype, "iso_c")
+
+
+def _weighted_total(inputs: Inputs, weights: Sequence[float]) -> Delta:
+    """sum_t w_t D_t: factors side by side where all are factors, else a float64 matrix."""
+    factors = [expert for expert in inputs.experts if isinstance(expert, FactoredDelta)]
+    if len(factors) == len(weights):
+        scaled = [f.left.double() * weight for f, weight in zip(factors, weights, strict=True)]
+        return FactoredDelta(torch.cat(scaled, 1), torch.cat([f.right for f in factors], 1))
+    total = torch.zeros(inputs.base.shape, dtype=torch.float64, device=inputs.base.device)
+    for t, weight in enumerate(weights):
+        delta = inputs.delta(t)
+        if isinstance(delta, FactoredDelta):
+            total.addmm_(delta.left.double(), delta.right.double().T, alpha=weight)
+        else:
+            total.add_(delta, alpha=weight)
+    return total
+
+
+def _iso_cts(
+    inputs: Inputs, weights: Sequence[float], options: IsoCtsOptions, out_dtype: torch.dtype
+) -> Merged:
+    p, count = min(inputs.base.shape), len(weights)
+    own = min(round((p - int(p * options.common_space)) / count), p // count)
+    common = p - own * count
+
+    def find() -> tuple[SpectralMerge, list[int]]:
+        shared = leading_subspaces(_weighted_total(inputs, weights), common)
+        spaces = [shared]
+        for t, weight in enumerate(weights):
+            rest = _outside(inputs.delta(t), shared.left)
+            space = leading_subspaces(rest, own if weight else 0)
+            spaces.append(replace(space, values=space.values * abs(weight)))
+        mean = float(torch.cat([space.values for space in spaces]).sum()) / p
+        level = [replace(space, values=torch.full_like(space.values, mean)) for space in spaces]
+        solver = _solver(options, inputs.dtype.itemsize)
+        signs = [1.0, *(math.copysign(1.0, weight) for weight in weights)]
+        return solver.combine(level, signs), [space.rank for space in spaces]
+
+    key = (options.common_space, options.solver, tuple(weights))
+    merge, ranks = inputs.once("common and own", key, find)
+    return _rebuild(inputs, merge, ranks, weights, options, out_dtype, "iso_cts")
+
+
+def _outside(delta: Delta, left: torch.Tensor) -> Delta:
+    """The part of a delta whose columns are orthogonal to those of `left`, in float64."""
+    if isinstance(delta, FactoredDelta):
+        wide = delta.left.double()
+        return FactoredDelta(wide - left @ (left.T @ wide), delta.right)
+    wide = delta.double()
+    return wide - left @ (left.T @ wide)
 
 
 def outlier_weighting(
@@ -222,8 +287,7 @@ def _outlier_score(stats: DeltaStats, kind: str) -> float:
 
 
 def _merge_subspaces(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
+    inputs: Inputs,
     weights: Sequence[float],
     ranks: Sequence[int],
     options: TruncatingOptions,
@@ -231,37 +295,54 @@ def _merge_subspaces(
     *,
     rule: str,
     energy: float | None = None,
-    masks: Sequence[Mask] | None = None,
+    masks: tuple[Mask, ...] | None = None,
 ) -> Merged:
-    solver = _solver(options, compute_dtype((base, *experts)).itemsize)
-    deltas = [
-        functools.partial(masked_delta, base, expert, None if masks is None else masks[t])
-        for t, expert in enumerate(experts)
+    solver = _solver(options, inputs.dtype.itemsize)
+    ranks = [
+        min(rank, expert.left.shape[1]) if isinstance(expert, FactoredDelta) else rank
+        for rank, expert in zip(ranks, inputs.experts, strict=True)
     ]
-    subspaces = solver.subspaces(deltas, ranks, energy=energy, device=base.device)
-    merge = solver.combine(subspaces, weights)
+    deltas = [
+        functools.partial(inputs.delta, t, None if masks is None else masks[t])
+        for t in range(len(ranks))
+    ]
+    key = (options.solver, tuple(ranks), energy, masks)
+    subspaces = inputs.once(
+        "subspaces",
+        key,
+        lambda: solver.subspaces(deltas, ranks, energy=energy, device=inputs.base.device),
+    )
+    merge = inputs.once("merge", (key, tuple(weights)), lambda: solver.combine(subspaces, weights))
     notes = [
         f"expert {t + 1}: rank clamped from {ranks[t]} to its numerical rank {s.rank}"
         for t, s in enumerate(subspaces)
         if s.numerical_rank < ranks[t]
     ]
+    merged = _rebuild(inputs, merge, [s.rank for s in subspaces], weights, options, out_dtype, rule)
+    return replace(merged, notes=(*notes, *merged.notes))
+
+
+def _rebuild(
+    inputs: Inputs,
+    merge: SpectralMerge,
+    ranks: Sequence[int],
+    weights: Sequence[float],
+    options: SpectralOptions,
+    out_dtype: torch.dtype,
+    rule: str,
+) -> Merged:
     (tensor,) = add_low_rank(
-        base, merge.left, merge.right, scales=[options.lambda_], out_dtype=out_dtype
+        inputs.base, merge.left, merge.right, scales=[options.lambda_], out_dtype=out_dtype
     )
+    null = f"{merge.null_directions} null directions left at zero"
     return Merged(
         tensor,
         rule,
-        ranks=tuple(s.rank for s in subspaces),
+        ranks=tuple(ranks),
         weights=tuple(weights),
         backends=merge.backends,
-        notes=(*notes, *merge.fallbacks, *_null_note(merge)),
+        notes=(*merge.fallbacks, *([null] if merge.null_directions else [])),
     )
-
-
-def _null_note(merge: SpectralMerge) -> tuple[str, ...]:
-    if not merge.null_directions:
-        return ()
-    return (f"{merge.null_directions} null directions left at zero",)
 
 
 TSVM = Method(
@@ -273,6 +354,7 @@ TSVM = Method(
     merge=_tsvm,
     workspace=spectral_workspace,
     declines=spectral_declines,
+    by_matrix=True,
 )
 
 RESM = Method(
@@ -285,6 +367,7 @@ RESM = Method(
     merge=_resm,
     workspace=spectral_workspace,
     declines=spectral_declines,
+    by_matrix=True,
 )
 
 ISO_C = Method(
@@ -296,4 +379,18 @@ ISO_C = Method(
     merge=_iso_c,
     workspace=equalising_workspace,
     declines=spectral_declines,
+    by_matrix=True,
+)
+
+ISO_CTS = Method(
+    name="iso_cts",
+    summary="Iso-C with directions of each expert beside those of the summed delta",
+    formula="W_0 + lambda * mean(sigma) * polar([U, U_1 .. U_T]) polar([V, V_1 .. V_T])^T, "
+    "U_t S_t V_t^T from (I - U U^T) D_t",
+    source="Iso-CTS, arXiv 2502.04959",
+    options=IsoCtsOptions,
+    merge=_iso_cts,
+    workspace=common_space_workspace,
+    declines=spectral_declines,
+    by_matrix=True,
 )

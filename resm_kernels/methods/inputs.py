@@ -1,0 +1,83 @@
+"""One weight of the base and of every expert, and what has been found out about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from resm_kernels.linalg.subspace import Delta, FactoredDelta
+from resm_kernels.ops.dtypes import compute_dtype
+from resm_kernels.ops.mask import Mask, masked_delta
+
+Found = TypeVar("Found")
+
+
+class Inputs:
+    """One weight of the base and of every expert.
+
+    Parameters
+    ----------
+    name : str
+        The weight's name: for patterns, and part of the key of random drops.
+    base : Tensor
+        Any float dtype, finite.
+    experts : sequence of Tensor or FactoredDelta
+        Whole weights of the base's shape and device, or changes to the base as low-rank factors
+        (LoRA), which stay factored for the methods that can use them so.
+    """
+
+    def __init__(
+        self, name: str, base: torch.Tensor, experts: Sequence[torch.Tensor | FactoredDelta]
+    ) -> None:
+        self.name = name
+        self.base = base
+        self.experts = tuple(experts)
+        self._found: dict[str, tuple[Hashable, Any]] = {}
+
+    def once(self, what: str, key: Hashable, find: Callable[[], Found]) -> Found:
+        """What `find` returns, kept until asked for with another key: outputs share it."""
+        if what not in self._found or self._found[what][0] != key:
+            self._found.pop(what, None)  # the old result goes before the new one is made
+            self._found[what] = (key, find())
+        found: Found = self._found[what][1]
+        return found
+
+    @property
+    def factored(self) -> bool:
+        """Whether any expert is given as factors."""
+        return any(isinstance(expert, FactoredDelta) for expert in self.experts)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Base, whole experts and factors."""
+        factors = [
+            f for e in self.experts if isinstance(e, FactoredDelta) for f in (e.left, e.right)
+        ]
+        whole = [e for e in self.experts if isinstance(e, torch.Tensor)]
+        return (self.base, *whole, *factors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        return compute_dtype(self.tensors)
+
+    def expert(self, t: int) -> torch.Tensor:
+        """Expert t as a whole weight; W_0 + left @ right.T in the compute dtype for factors."""
+        expert = self.experts[t]
+        if isinstance(expert, torch.Tensor):
+            return expert
+        left, right = expert.left.to(self.dtype), expert.right.to(self.dtype)
+        return torch.addmm(self.base.to(self.dtype), left, right.T)
+
+    def whole(self) -> tuple[torch.Tensor, ...]:
+        """Every expert as a whole weight."""
+        return self.once("whole", None, lambda: tuple(map(self.expert, range(len(self.experts)))))
+
+    def delta(self, t: int, mask: Mask | None = None) -> Delta:
+        """The change of expert t, masked; factors stay factors where there is no mask."""
+        expert = self.experts[t]
+        if isinstance(expert, FactoredDelta) and mask is None:
+            return expert
+        return masked_delta(self.base, self.expert(t), mask)
