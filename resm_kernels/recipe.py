@@ -40,7 +40,7 @@ OUTPUT_NAME = re.compile(r"[A-Za-z0-9][\w.=+-]{0,99}")
 NOT_YET = {
     "slices": "layer slicing is not supported; list whole models under 'models'",
     "modules": "per-module recipes are not supported; list whole models under 'models'",
-    "tokenizer": "only tokenizer_source: base is supported",
+    "tokenizer": "use tokenizer_source: base, union or a model",
     "chat_template": "the base's chat template is kept",
     "name": "the output folder is named on the command line",
 }
@@ -128,6 +128,9 @@ class Recipe:
         Global settings by option name, `weight` included.
     out_dtype : str or None
         `float32`, `bfloat16`, ...; None keeps the base's dtype tensor by tensor.
+    tokenizer_source : str or None
+        Whose vocabulary the output has: `base`, `union`, or a model; None where the models' must
+        agree.
     overrides : tuple of Override
         The first whose filter is part of a tensor's name counts for it.
     ignored : tuple of str
@@ -140,8 +143,14 @@ class Recipe:
     experts: tuple[Expert, ...]
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     out_dtype: str | None = None
+    tokenizer_source: str | None = None
     overrides: tuple[Override, ...] = ()
     ignored: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def models(self) -> tuple[ModelReference, ...]:
+        """The base and the experts."""
+        return (self.base, *(expert.model for expert in self.experts))
 
     def method_for(self, tensor: str) -> Method[Any]:
         """The method that merges one tensor."""
@@ -207,6 +216,8 @@ class Recipe:
             content["parameters"] = {k: _plain(v) for k, v in self.parameters.items()}
         if self.out_dtype is not None:
             content["out_dtype"] = self.out_dtype
+        if self.tokenizer_source is not None:
+            content["tokenizer_source"] = self.tokenizer_source
         if self.overrides:
             content["overrides"] = [
                 {
@@ -391,8 +402,7 @@ def build_recipe(content: object, source: str) -> Recipe:
             mistakes.add("lambda", "stands at the top and under parameters: keep one")
         else:
             parameters.update(_parameters({"lambda": content["lambda"]}, methods, "", mistakes))
-    if content.get("tokenizer_source") not in (None, "base"):
-        mistakes.add("tokenizer_source", "only 'base' is supported")
+    tokenizer_source = _tokenizer_source(content.get("tokenizer_source"), mistakes)
     out_dtype = None
     for key in ("dtype", "out_dtype"):
         value = content.get(key)
@@ -419,6 +429,7 @@ def build_recipe(content: object, source: str) -> Recipe:
         tuple(experts),
         parameters,
         out_dtype,
+        tokenizer_source,
         overrides,
         tuple(mistakes.ignored),
     )
@@ -532,6 +543,15 @@ def _reference(
     if isinstance(value, str) and value.strip() and "\0" not in value:
         return ModelReference(value.strip())
     mistakes.add(where, f"got {value!r}, expected a path or a Hub id org/name[@revision]")
+    return None
+
+
+def _tokenizer_source(value: object, mistakes: _Mistakes) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value.strip() and "\0" not in value:
+        return value.strip()
+    mistakes.add("tokenizer_source", f"got {value!r}, expected base, union or a model")
     return None
 
 

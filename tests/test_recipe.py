@@ -105,7 +105,7 @@ MISTAKES = {
     + "overrides: [{filter: norm, merge_method: linear}]": "the base is listed",
     LINEAR + "dtype: bf16": "dtype: got 'bf16'",
     LINEAR + "slices: []": "slices: layer slicing is not supp",
-    LINEAR + "tokenizer_source: union": "only 'base'",
+    LINEAR + "tokenizer_source: 3": "expected base, union or a model",
     RESM + "parameters: {sigma: -1}": ">= 0",
     RESM + "parameters: {sigma: .nan}": "number",
     RESM + "parameters: {sgma: 1}": "mean 'sigma'",

@@ -203,7 +203,7 @@ class _Merge:
                 expected=f"one of {', '.join(METHODS)}",
             )
         self.method = find_method(method)
-        self.options = self.method.make_options(parameters)
+        self.options = self.method.make_options(parameters, count)
         self.weights = [1.0] * count if weights is None else [float(w) for w in weights]
         if len(self.weights) != count or not all(map(math.isfinite, self.weights)):
             raise UsageError(f"weights: got {weights}", expected=f"{count} numbers")

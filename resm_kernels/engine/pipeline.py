@@ -28,6 +28,7 @@ from resm_kernels.checkpoint.journal import (
 )
 from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
 from resm_kernels.checkpoint.reader import check_stamp
+from resm_kernels.checkpoint.vocabulary import output_files
 from resm_kernels.checkpoint.writer import ShardFile
 from resm_kernels.engine.matching import Key
 from resm_kernels.engine.memory import MemoryWatch
@@ -43,6 +44,7 @@ from resm_kernels.engine.plan import (
 )
 from resm_kernels.engine.result import MergeReport, TensorResult
 from resm_kernels.errors import OutputError, ResmError, VerificationError
+from resm_kernels.linalg import FactoredDelta
 
 LOG = logging.getLogger(__name__)
 
@@ -217,7 +219,9 @@ class _Target:
             return
         self.folder.verify_kept(self.plan.layouts)
         check_disk([self.plan], self.folder.output, kept=self.folder.kept)
-        self.companions = companion_files(self.plan.base, self.plan.recipe.out_dtype)
+        companions = companion_files(self.plan.base, self.plan.recipe.out_dtype)
+        alignment = self.plan.alignment
+        self.companions = output_files(companions, alignment) if alignment else companions
 
     def lacks(self, tensor: PlannedTensor) -> bool:
         """Whether the tensor's shard is not finished yet."""
@@ -436,7 +440,7 @@ class _Run:
             self.progress.advance(task.step.read_bytes, task.name)
         self._submit("compute", self._compute, task, inputs)
 
-    def _compute(self, task: _Task, inputs: dict[Key, torch.Tensor]) -> None:
+    def _compute(self, task: _Task, inputs: dict[Key, torch.Tensor | FactoredDelta]) -> None:
         torch.set_num_threads(self.plan.options.threads)
         loaded = Loaded(inputs, self.plan.device)
         inputs.clear()

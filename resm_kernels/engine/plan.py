@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -20,9 +20,11 @@ from resm_kernels.checkpoint.dtypes import DTYPES, OUT_DTYPES, DType
 from resm_kernels.checkpoint.files import canonical_json
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo
+from resm_kernels.checkpoint.lora import Adapter, open_model
 from resm_kernels.checkpoint.reader import open_checkpoint
+from resm_kernels.checkpoint.vocabulary import Alignment, align, differences
 from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
-from resm_kernels.engine.matching import Matching, Source
+from resm_kernels.engine.matching import FactorSource, Matching, Source
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
@@ -55,11 +57,14 @@ class PlannedTensor:
         The recipe's method for this tensor.
     slot : Slot
         Its place in the output shard `shard`.
-    base, experts : Source
-        Its inputs; no experts for a copy.
+    base, experts : Source, tuple of Source or FactorSource
+        Its inputs; no experts for a copy. An expert whose adapter leaves the weight alone has the
+        base's own source.
     reads_base, base_counts : bool
         Whether the base is read, and whether its values enter the result (`linear` reads it
         only to fill in for values that are not finite).
+    aligned : bool
+        Whether its rows are brought into the order of the output's vocabulary.
     key : str
         The name under which its parameters were looked up; tied tensors share one.
     weights, options
@@ -74,9 +79,10 @@ class PlannedTensor:
     shard: int
     slot: Slot
     base: Source
-    experts: tuple[Source, ...]
+    experts: tuple[Source | FactorSource, ...]
     reads_base: bool
     base_counts: bool
+    aligned: bool
     key: str
     weights: tuple[float, ...]
     options: Any
@@ -88,14 +94,14 @@ class PlannedTensor:
         return self.slot.name
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        """What is read, in order."""
+    def sources(self) -> tuple[Source | FactorSource, ...]:
+        """What goes into it, in order."""
         return (self.base, *self.experts) if self.reads_base else self.experts
 
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs."""
-        return sum(source.nbytes for source in self.sources)
+        return Step((self,)).read_bytes
 
     @property
     def write_bytes(self) -> int:
@@ -103,14 +109,9 @@ class PlannedTensor:
         return self.slot.stop - self.slot.start
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes held from reading to writing."""
-        return self.read_bytes + self.write_bytes
-
-    @property
     def memory(self) -> int:
         """Most bytes this tensor needs at once."""
-        return self.held_bytes + self.workspace
+        return Step((self,)).memory
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Step:
     tensors: tuple[PlannedTensor, ...]
 
     @functools.cached_property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[Source | FactorSource, ...]:
         """What is read, each once."""
         return tuple({s.key: s for tensor in self.tensors for s in tensor.sources}.values())
 
@@ -205,6 +206,8 @@ class MergePlan:
         In the order in which they are read and merged.
     layouts : tuple of ShardLayout
         The output shards, headers included.
+    alignment : Alignment or None
+        How vocabulary tables are brought together, where they must be.
     left_out : mapping
         Tensors of experts that do not reach the output, with the reason.
     plan_id : str
@@ -218,9 +221,10 @@ class MergePlan:
     recipe: Recipe
     options: EngineOptions
     base: Checkpoint
-    experts: tuple[Checkpoint, ...]
+    experts: tuple[Checkpoint | Adapter, ...]
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[ShardLayout, ...]
+    alignment: Alignment | None
     left_out: Mapping[str, str]
     plan_id: str
     device: torch.device
@@ -245,7 +249,11 @@ class MergePlan:
     @property
     def input_folders(self) -> tuple[Path, ...]:
         """Folders that are inputs as a whole (a model named by its file is no folder)."""
-        return tuple(c.folder for c in (self.base, *self.experts) if not c.single_file)
+        return tuple(
+            c.folder
+            for c in (self.base, *self.experts)
+            if isinstance(c, Adapter) or not c.single_file
+        )
 
     @property
     def rules(self) -> dict[str, int]:
@@ -305,19 +313,26 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
 
 def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
     """Plan the merges of several recipes for the same models; as `make_plan`."""
-    opened: dict[str, Checkpoint] = {}
+    bases: dict[str, Checkpoint] = {}
+    opened: dict[tuple[str, str], Checkpoint | Adapter] = {}
     matchings: dict[tuple[str, ...], Matching] = {}
     device = _device(options.device)
     budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
     plans = []
     for recipe in recipes:
-        names = (recipe.base.text, *(expert.model.text for expert in recipe.experts))
-        for name in names:
-            if name not in opened:
-                opened[name] = _open(ModelReference(name))
+        base_name = recipe.base.text
+        if base_name not in bases:
+            bases[base_name] = _whole(open_checkpoint(recipe.base))
+        base = bases[base_name]
+        keys = [(base_name, expert.model.text) for expert in recipe.experts]
+        for key, expert in zip(keys, recipe.experts, strict=True):
+            if key not in opened:
+                opened[key] = _whole(open_model(expert.model, base))
+        names = (base_name, *(name for _, name in keys), str(recipe.tokenizer_source))
         if names not in matchings:
-            base, *experts = (opened[name] for name in names)
-            matchings[names] = Matching(base, experts, options)
+            experts = [opened[key] for key in keys]
+            alignment = _alignment(recipe, base, experts)
+            matchings[names] = Matching(base, experts, options, alignment)
         plans.append(_plan(recipe, matchings[names], options, device, budget))
     plan_steps(plans)
     for ignored in dict.fromkeys(i for recipe in recipes for i in recipe.ignored):
@@ -325,14 +340,48 @@ def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergeP
     return plans
 
 
-def _open(reference: ModelReference) -> Checkpoint:
-    checkpoint = open_checkpoint(reference)
-    if checkpoint.config.get("quantization_config"):
+Opened = TypeVar("Opened", Checkpoint, Checkpoint | Adapter)
+
+
+def _whole(opened: Opened) -> Opened:
+    """The model, unless its weights are quantised."""
+    if opened.config.get("quantization_config"):
         raise PlanError(
-            f"{checkpoint.reference}: quantised weights cannot be merged",
+            f"{opened.reference}: quantised weights cannot be merged",
             fix="merge the checkpoint it was made from, or dequantise it first",
         )
-    return checkpoint
+    return opened
+
+
+def _alignment(
+    recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint | Adapter]
+) -> Alignment | None:
+    """How the vocabularies are brought together; None where every table stays as it is."""
+    source = recipe.tokenizer_source
+    whole = [expert if isinstance(expert, Checkpoint) else base for expert in experts]
+    if source is None:
+        found = differences(base, [expert for expert in whole if expert is not base])
+        for difference in found:
+            if not difference.blocks:
+                LOG.warning("%s", difference)
+        if any(difference.blocks for difference in found):
+            misfits = [f"  - {difference}" for difference in found if difference.blocks]
+            raise PlanError("\n".join(["the vocabularies do not fit together:", *misfits]))
+        return None
+    owner: Literal["base", "union"] | Checkpoint
+    if source in ("base", "union"):
+        owner = "base" if source == "base" else "union"
+    else:
+        reference = ModelReference(source)
+        named = {model: (base, *whole)[i] for i, model in enumerate(recipe.models)}
+        same = [model for known, model in named.items() if known.same_as(reference)]
+        owner = same[0] if same else open_checkpoint(reference)
+    # A base that is one of the models, as `linear` has it, is not more than they are.
+    prefer_base = not any(model.same_as(recipe.base) for model in recipe.models[1:])
+    alignment = align(owner, base, whole, prefer_base=prefer_base)
+    for note in alignment.notes:
+        LOG.info("%s", note)
+    return None if alignment.changes_nothing else alignment
 
 
 def _plan(
@@ -344,9 +393,14 @@ def _plan(
     def written(info: TensorInfo) -> DType:
         return out_dtype if out_dtype is not None and info.dtype.mergeable else info.dtype
 
+    def shape(info: TensorInfo) -> tuple[int, ...]:
+        if matching.alignment is None or info.name not in matching.tables:
+            return info.shape
+        return (matching.alignment.rows, *info.shape[1:])
+
     metadata = {a: k for a, k in base.aliases.items() if a not in base.tensors}
     layouts = lay_out_shards(
-        [(n, written(base.tensors[n]), base.tensors[n].shape) for n in decisions],
+        [(n, written(base.tensors[n]), shape(base.tensors[n])) for n in decisions],
         options.shard_size,
         metadata,
     )
@@ -360,18 +414,24 @@ def _plan(
             settings = recipe.options(key, positions[key])
             weights = recipe.weights(key, positions[key])
             rule = "copy"
+            on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
+            aligned = slot.name in matching.tables
+            base_counts = method.uses_base or on_base or not sources
             workspace = chunk_workspace(slot.shape, len(sources), 8, settings, device.type)
             if sources:
                 method.validate(weights, settings)
                 reason = method.declines(key, slot.shape, len(sources), settings)
                 rule = method.name if reason is None else "mean"
-                inputs = (matching.source(base, slot.name), *sources)
-                wide = any(s.info.dtype.name == "F64" for s in inputs)
+                wide = any(s.wide for s in (matching.source(base, slot.name), *sources))
+                itemsize = 8 if wide else 4
                 if reason is None:
-                    itemsize = 8 if wide else 4
                     workspace = method.workspace(
                         slot.shape, len(sources), itemsize, settings, device.type
                     )
+                factored = sum(isinstance(source, FactorSource) for source in sources)
+                made_whole = min(factored, 1) if method.by_matrix and reason is None else factored
+                copied = len(sources) + 1 if aligned else 0
+                workspace += (made_whole + copied) * itemsize * math.prod(slot.shape)
             tensors.append(
                 PlannedTensor(
                     rule=rule,
@@ -381,8 +441,9 @@ def _plan(
                     slot=slot,
                     base=matching.source(base, slot.name),
                     experts=sources,
-                    reads_base=method.uses_base or not sources or options.nonfinite == "warn",
-                    base_counts=method.uses_base or not sources,
+                    reads_base=base_counts or aligned or options.nonfinite == "warn",
+                    base_counts=base_counts,
+                    aligned=aligned,
                     key=key,
                     weights=weights,
                     options=settings,
@@ -406,6 +467,7 @@ def _plan(
         "config": base.config,
         "inputs": [checkpoint.digest for checkpoint in (base, *matching.experts)],
         "shards": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],
+        "vocabulary": None if matching.alignment is None else matching.alignment.digest,
         "missing": sorted(n for n, (reason, s) in decisions.items() if reason and not s),
     }
     return MergePlan(
@@ -415,6 +477,7 @@ def _plan(
         experts=tuple(matching.experts),
         tensors=tuple(tensors),
         layouts=tuple(layouts),
+        alignment=matching.alignment,
         left_out=matching.left_out,
         plan_id=hashlib.sha256(canonical_json(identity)).hexdigest(),
         device=device,
