@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test torture fuzz lint kernels bench spectral chart gpu clean
+.PHONY: demo test integration-fusion-bench torture fuzz lint kernels bench spectral chart gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -13,6 +13,11 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest
+
+# In an environment of its own: the tools that we plug into pin what they need.
+integration-fusion-bench:
+	$(MAKE) VENV=$(VENV)-fusion-bench $(VENV)-fusion-bench/fusion-bench.done
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(VENV)-fusion-bench/bin/python -m pytest tests/integration/test_fusion_bench.py
 
 # About four minutes: a process killed, a file layer failing, power cut, bytes flipped.
 torture: $(VENV)/dev.done
@@ -49,7 +54,7 @@ chart: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.chart
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(VENV)-* demo build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
