@@ -96,7 +96,7 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
     for state in ({"p": parameter}, kept, wide):
         yield from _with_parts("archive", torch_bytes(state))
 
-    yield from (("adapter", data) for data in _adapters())
+    yield from (("adapter", data) for data in adapters())
 
     (layout,) = lay_out_shards([("w", DTYPES["F32"], (2,))], 1 << 20)
     digest = hashlib.sha256(bytes(8)).hexdigest()
@@ -118,7 +118,7 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
         yield "manifest", json.dumps({**manifest, **change}).encode()
 
 
-def _adapters() -> Iterator[bytes]:
+def adapters() -> Iterator[bytes]:
     """Configs over the same factors: two of a linear layer, a table, a bias."""
     shapes = {
         "model.h.0.q.lora_A.weight": [2, 6],
