@@ -292,6 +292,11 @@ def test_what_is_fetched_from_the_hub(
     folder = locate(ModelReference("org/name"), adapter=adapter)
     weights = {p.name for p in folder.iterdir()} - {"adapter_config.json"}
     assert weights == {fetched}
+    for name in files:  # as a cache holds what was fetched before
+        (tmp_path / name).touch()
+    (tmp_path / fetched).unlink()
+    locate(ModelReference("org/name"), adapter=adapter)
+    assert (tmp_path / fetched).exists()
     assert hub.ADAPTER_WEIGHTS[0] in files or fetched == "adapter_model.bin"
 
 
