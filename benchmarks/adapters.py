@@ -1,6 +1,6 @@
 """LoRA adapters merged into one: ours against PEFT's `add_weighted_adapter`, one layer at a time.
 
-    python -m benchmarks.adapters    # about ten minutes on one core
+    python -m benchmarks.adapters    # about four minutes on one core
 
 Writes `benchmarks/results/adapters.csv`. Three adapters of rank 16 become one of rank 16 by
 weighted task arithmetic, which both compute; the error is against a float64 SVD of the dense sum.

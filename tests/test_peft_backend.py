@@ -86,7 +86,7 @@ def test_the_merged_adapter_is_the_dense_merge_truncated(
     for name, found in report.modules.items():
         deltas = [dense(adapter, name, found.shape) for adapter in adapters]
         zeros = torch.zeros(found.shape, dtype=torch.float64)
-        options = chosen.make_options(parameters)
+        options = chosen.make_options(parameters, len(adapters))
         whole = merge_weight(chosen, name, zeros, deltas, weights, options, torch.float64)
         expected, lost = truncated(whole.tensor, 3)
         mine = dense(merged, name, found.shape)
@@ -169,17 +169,17 @@ def one(folder: Path, rank: int = 2, value: float = 1.0, out: int = 6, **config:
 
 @pytest.mark.parametrize("method", ["tsvm", "resm", "task_arithmetic"])
 def test_degenerate_adapters(method: Any, tmp_path: Path) -> None:
-    """No change at all, equal adapters, a rank above every side."""
+    """No change at all, equal adapters, factors wider than the weight."""
     still = one(tmp_path / "still", value=0.0)
     report = merge_adapters([still, still], tmp_path / "a", rank=4, method=method)
     assert report.modules["m.weight"].rank == 0
     assert report.modules["m.weight"].truncation_error == 0.0
     assert all(not t.any() for t in read_state(tmp_path / "a").values())
     moved = one(tmp_path / "moved", rank=12)
-    report = merge_adapters([moved, moved, still], tmp_path / "b", rank=20, method=method)
+    report = merge_adapters([moved, moved, still], tmp_path / "b", rank=6, method=method)
     assert report.modules["m.weight"].rank <= 6
     assert report.modules["m.weight"].truncation_error == 0.0
-    assert read_adapter(tmp_path / "b").pairs["m.weight"].rank == 20
+    assert read_adapter(tmp_path / "b").pairs["m.weight"].rank == 6
 
 
 def test_statistics_of_factors_are_those_of_the_dense_delta(
@@ -203,8 +203,10 @@ def test_statistics_of_factors_are_those_of_the_dense_delta(
     [
         ({"rank": 0}, "rank"),
         ({"rank": True}, "rank"),
+        ({"rank": 7}, "at most 6"),
         ({"method": "ties"}, "ties"),
         ({"weights": [1.0]}, "weights"),
+        ({"weights": [1.0, "2"]}, "weights"),
         ({"weights": [1.0, float("nan")]}, "weights"),
         ({"parameters": {"sigmoid": 1}}, "sigmoid"),
         ({"method": "resm", "parameters": {"mask_noise": True}}, "mask_noise"),
@@ -213,9 +215,12 @@ def test_statistics_of_factors_are_those_of_the_dense_delta(
 )
 def test_arguments_that_cannot_be_meant(change: dict[str, Any], word: str, tmp_path: Path) -> None:
     paths = [one(tmp_path / "a"), one(tmp_path / "b")]
-    with pytest.raises(UsageError, match=word):
+    with pytest.raises(UsageError) as caught:
         merge_adapters(paths, tmp_path / "out", **{"rank": 2, **change})
+    assert word in str(caught.value)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="adapters: got"):
+        merge_adapters(str(paths[0]), tmp_path / "out", rank=2)
     with pytest.raises(UsageError, match="no adapters"):
         merge_adapters([], tmp_path / "out", rank=2)
 

@@ -105,7 +105,7 @@ def merge_adapters(
     output : path
         A folder that does not exist yet. Built beside it and renamed when complete.
     rank : int
-        Rank of the merged adapter; its scale is 1.
+        Rank of the merged adapter, at most the largest that a module can have; its scale is 1.
     method : str
         `tsvm`, `resm` or `task_arithmetic`.
     weights : sequence of float, optional
@@ -134,13 +134,18 @@ def merge_adapters(
 
     Notes
     -----
-    float64 throughout. With `tsvm` and `resm`, p = min(m, n) and T = len(adapters) as for whole
-    checkpoints, also where an adapter has no delta. The merged delta U S V^T, truncated, is
-    split evenly: B = U sqrt(S), A = sqrt(S) V^T. Deterministic.
+    float64 throughout, unless `solver` asks for less. With `tsvm` and `resm`, p = min(m, n) and
+    T = len(adapters) as for whole checkpoints, also where an adapter has no delta. The merged
+    delta U S V^T, truncated, is split evenly: B = U sqrt(S), A = sqrt(S) V^T. Deterministic.
     """
+    if isinstance(adapters, str | os.PathLike):
+        raise UsageError(f"adapters: got {adapters!r}", expected="a list of paths")
     merge = _Merge(rank, method, weights, parameters or {}, len(adapters))
     opened = [_open(adapter) for adapter in adapters]
     modules, copies = _match(opened)
+    largest = max(min(shape) for shape, _ in modules.values())
+    if rank > largest:
+        raise UsageError(f"rank: got {rank}", expected=f"at most {largest}, the largest possible")
     target = absolute(Path(output))
     check_output(target, [adapter.folder for adapter in opened], resume=False)
 
@@ -204,9 +209,11 @@ class _Merge:
             )
         self.method = find_method(method)
         self.options = self.method.make_options(parameters, count)
-        self.weights = [1.0] * count if weights is None else [float(w) for w in weights]
-        if len(self.weights) != count or not all(map(math.isfinite, self.weights)):
+        given = [1.0] * count if weights is None else list(weights)
+        numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in given)
+        if len(given) != count or not numbers:
             raise UsageError(f"weights: got {weights}", expected=f"{count} numbers")
+        self.weights = [float(w) for w in given]
         self.method.validate(self.weights, self.options)
         if isinstance(self.options, ResmOptions) and self.options.mask_noise:
             raise UsageError(

@@ -99,7 +99,7 @@ def locate(reference: ModelReference, *, adapter: bool = False) -> Path:
         return reference.path
     if reference.with_adapter:
         raise CheckpointError(
-            f"{reference}: LoRA adapters cannot stand here",
+            f"{reference}: no such path, and LoRA adapters (base+adapter) cannot stand here",
             expected="a whole model",
             fix="merge the adapter into its base model and name that folder",
         )

@@ -184,7 +184,7 @@ def open_model(reference: ModelReference, base: Checkpoint) -> Checkpoint | Adap
         return open_adapter(reference, folder, base) if adapter else open_checkpoint(reference)
     if not named[0].same_as(ModelReference(base.reference)):
         raise CheckpointError(
-            f"{reference}: an adapter on another base than that of the merge",
+            f"{reference}: no such path, and as base+adapter it has another base than the merge",
             got=str(named[0]),
             expected=base.reference,
             fix="merge the adapter into its base and name that folder; "
@@ -205,7 +205,7 @@ def open_adapter(reference: ModelReference, folder: Path, base: Checkpoint) -> A
 def read_adapter(folder: Path, reference: str | None = None) -> Adapter:
     """Read a PEFT folder: adapter_config.json and adapter_model.safetensors, or .bin.
 
-    No tensor data is read. Source of every rule: PEFT 0.21, `tuners/lora` and
+    Only tensors stored twice are read. Source of every rule: PEFT 0.21, `tuners/lora` and
     `utils/save_and_load.py`.
 
     Raises
@@ -240,7 +240,9 @@ def read_adapter(folder: Path, reference: str | None = None) -> Adapter:
             problems.append(f"tensor {name!r}: {info.dtype.name} cannot be merged")
         elif ending:
             which, embedding = FACTORS[ending]
-            factors.setdefault((short.removesuffix(ending), embedding), {})[which] = info
+            both = factors.setdefault((short.removesuffix(ending), embedding), {})
+            if both.setdefault(which, info) is not info:
+                problems.append(f"tensor {name!r}: stands there twice as {short!r}")
         elif ".lora_" in short:
             problems.append(f"tensor {name!r}: not a part that plain LoRA has")
         else:
@@ -248,8 +250,8 @@ def read_adapter(folder: Path, reference: str | None = None) -> Adapter:
             plain = plain.replace(".original_module.", ".")
             copy = short.endswith(".base_layer.weight") or ".original_module." in short
             home = copies if copy else full
-            if plain in home:
-                problems.append(f"tensor {name!r}: stands there twice as {plain!r}")
+            if plain in home and not _equal((file, info), (file, home[plain])):
+                problems.append(f"tensor {name!r}: another value for {home[plain].name!r}")
             home[plain] = info
     scale_of = _scales(config, folder / ADAPTER_CONFIG)
     pairs: dict[str, LoraPair] = {}

@@ -178,20 +178,26 @@ class Matcher:
     """
 
     steps: int = 0
-    _parsed: dict[str, _Node] = field(default_factory=dict)
+    _parsed: dict[str, _Node | None] = field(default_factory=dict)
+    _name: str | None = None
+    _starts: Set[int] = frozenset()
 
     def matches(self, pattern: str, name: str) -> bool:
         """Whether a dotted name, or what follows one of its dots, matches the pattern."""
-        if _PLAIN.fullmatch(pattern) and "\n" not in name:
-            return self._matches_plain(pattern, name)
-        node = self._parsed.get(pattern)
-        if node is None:
+        if pattern not in self._parsed:
             self._count(PARSING * len(pattern))
-            node = self._parsed[pattern] = _Parser(pattern).parse()
-        first_line = name.split("\n", 1)[0]
-        starts = {0, *(i + 1 for i, letter in enumerate(first_line) if letter == ".")}
-        ends = self._ends(node, name, starts)
-        return len(name) in ends or (name.endswith("\n") and len(name) - 1 in ends)
+            plain = len(pattern) <= MAX_PATTERN and _PLAIN.fullmatch(pattern)
+            self._parsed[pattern] = None if plain else _Parser(pattern).parse()
+        if name is not self._name:
+            self._count(1 + len(name))
+            if "\n" in name:
+                raise PatternError("a name of several lines")
+            self._name = name
+            self._starts = {0, *(i + 1 for i, letter in enumerate(name) if letter == ".")}
+        node = self._parsed[pattern]
+        if node is None:
+            return self._matches_plain(pattern, name)
+        return len(name) in self._ends(node, name, self._starts)
 
     def _matches_plain(self, pattern: str, name: str) -> bool:
         """Words and dots, as EVA writes hundreds of: a match has the pattern's length."""
@@ -217,8 +223,7 @@ class Matcher:
         if isinstance(node, _Character):
             return {i + 1 for i in starts if i < len(name) and node.accepts.match(name, i)}
         if isinstance(node, _Anchor):
-            last = len(name) - name.endswith("\n")
-            return {i for i in starts if (i >= last if node.at_end else i == 0)}
+            return starts & {len(name) if node.at_end else 0}
         if isinstance(node, _Sequence):
             for part in node.parts:
                 starts = self._ends(part, name, starts)
