@@ -233,6 +233,26 @@ def test_a_union_appends_what_the_base_lacks_in_a_fixed_order(tmp_path: Path) ->
     assert align("union", base, [a, b]).digest == alignment.digest
 
 
+def test_a_token_that_is_ordinary_in_one_expert_and_added_in_another(tmp_path: Path) -> None:
+    base = save_words(tmp_path / "base", rows=20)
+    a = save_words(tmp_path / "a", (*WORDS, "gh", "ef"))
+    b = save_words(tmp_path / "bb", added={"gh": True})
+    path = b.folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"][-1] = {"id": 14, "content": "gh", "special": True}
+    path.write_text(json.dumps(content))
+    alignment = align("union", base, [a, b])
+    ef, gh = alignment.new_tokens
+    assert (ef.text, ef.id, ef.flags["special"], ef.flags["normalized"]) == ("ef", 14, False, True)
+    assert (gh.text, gh.id, gh.flags["special"], gh.flags["normalized"]) == ("gh", 15, True, False)
+    # The base's padding stays, also where an expert has a token under that number.
+    assert alignment.rows == 20
+    t0, ta, tb = aligned(alignment, base, a, b)
+    assert all(torch.equal(t[16:], table(base)[16:]) for t in (t0, ta, tb))
+    t0, ta, tb = aligned(align("base", base, [a, b]), base, a, b)
+    assert all(torch.equal(t[14:], table(base)[14:]) for t in (t0, ta, tb))
+
+
 def test_one_text_under_two_ids(tmp_path: Path) -> None:
     """Two experts added the same tokens in another order."""
     base = save_words(tmp_path / "base")
@@ -528,6 +548,16 @@ def test_what_is_not_brought_into_order_is_said(tmp_path: Path) -> None:
         align("union", opened(base.folder), [other])
 
 
+def test_another_chat_template_is_no_difference_and_costs_no_parsing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, expert = save_words(tmp_path / "base"), save_words(tmp_path / "expert")
+    path = expert.folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "{{ messages }}"}))
+    monkeypatch.setattr(module, "read_vocabulary", None)
+    assert differences(base, [expert]) == []
+
+
 def test_differences_are_one_sentence_each(tmp_path: Path) -> None:
     base = save_words(tmp_path / "base", rows=20)
     chat = {f"<|{i}|>": True for i in range(1, 9)}
@@ -575,7 +605,9 @@ def hostile() -> dict[str, tuple[str, bytes]]:
     def tokenizer(**changes: Any) -> tuple[str, bytes]:
         content = tokenizer_json(WORDS, {"<x>": True})
         content["added_tokens"][-1].update(changes.pop("token", {}))
-        content["model"].update(changes.pop("model", {}))
+        if "model" in changes:
+            content["added_tokens"] = []
+            content["model"].update(changes.pop("model"))
         return "tokenizer.json", json.dumps({**content, **changes}).encode()
 
     def settings(decoder: object) -> tuple[str, bytes]:
@@ -591,7 +623,7 @@ def hostile() -> dict[str, tuple[str, bytes]]:
         "nested a bit": ("tokenizer.json", b'{"model": ' + b"[" * 80 + b"]" * 80 + b"}"),
         "many values": ("tokenizer.json", b'{"model": [' + b"[]," * 2_000_001 + b"[]]}"),
         "no model": ("tokenizer.json", b"{}"),
-        "model is text": tokenizer(model={"vocab": "abc"}),
+        "vocabulary is text": tokenizer(model={"vocab": "abc"}),
         "huge id": tokenizer(model={"vocab": {"a": 10**30}}),
         "id of 5000 digits": (
             "tokenizer.json",
@@ -605,7 +637,7 @@ def hostile() -> dict[str, tuple[str, bytes]]:
         "two tokens of one id": tokenizer(model={"vocab": {"a": 0, "b": 0}}),
         "key twice": ("tokenizer.json", b'{"model": {"vocab": {"a": 0, "a": 1}}}'),
         "lone surrogate": ("tokenizer.json", b'{"model": {"vocab": {"\\ud800": 0}}}'),
-        "surrogate in a list": tokenizer(model={"vocab": [["\ud800", 0.0]]}, added_tokens=[]),
+        "surrogate in a list": tokenizer(model={"vocab": [["\ud800", 0.0]]}),
         "unigram twice": tokenizer(model={"vocab": [*pairs, pairs[0]]}),
         "unigram of words": tokenizer(model={"vocab": ["a", "b"]}),
         "unigram of numbers": tokenizer(model={"vocab": [[1, 2.0]]}),
@@ -621,7 +653,9 @@ def hostile() -> dict[str, tuple[str, bytes]]:
         "added flag a word": tokenizer(token={"special": "yes"}),
         "added tokens a word": tokenizer(added_tokens="abc"),
         "added tokens of words": tokenizer(added_tokens=["abc"]),
-        "added tokens after gaps": tokenizer(model={"vocab": {"<unk>": 0, "b": 9}}),
+        "added tokens after gaps": tokenizer(
+            model={"vocab": {"<unk>": 0, "b": 9}}, added_tokens=[{"id": 2, "content": "<x>"}]
+        ),
         "decoder a list": settings([1]),
         "decoder of words": settings({"14": "<x>"}),
         "decoder with odd keys": settings({"-1": {"content": "<y>"}}),
