@@ -1,0 +1,1 @@
+"""Adapters that let other model merging tools use resm-kernels."""
