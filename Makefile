@@ -1,11 +1,11 @@
-# Every target sets up .venv by itself. PYTHON chooses the interpreter (3.10 or newer).
+# Every target sets up .venv by itself (integration: one below .venv-integration per tool). PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test torture fuzz lint kernels bench spectral chart gpu clean
+.PHONY: demo test integration torture fuzz lint kernels bench spectral chart gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -13,6 +13,15 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest
+
+# The real mergekit, each version in an environment of its own: about a minute after installation.
+MERGEKITS := 0.1.4 0.1.5
+INTEGRATION := .venv-integration
+integration: $(MERGEKITS:%=$(INTEGRATION)/mergekit-%.done)
+	for version in $(MERGEKITS); do \
+	    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 RESM_MERGEKIT=$$version \
+	    $(INTEGRATION)/mergekit-$$version/bin/python -m pytest tests/integration/test_mergekit.py || exit 1; \
+	done
 
 # About four minutes: a process killed, a file layer failing, power cut, bytes flipped.
 torture: $(VENV)/dev.done
@@ -49,11 +58,19 @@ chart: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.chart
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(INTEGRATION) demo build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/%.done: $(VENV)/bin/python pyproject.toml constraints.txt setup.py
 	$(PIP) --editable '.[$*]'
+	touch $@
+
+# mergekit's own tests are in its source release only.
+$(INTEGRATION)/mergekit-%.done: tests/integration/mergekit-%.txt pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv $(INTEGRATION)/mergekit-$*
+	$(INTEGRATION)/mergekit-$*/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable . --requirement $<
+	$(INTEGRATION)/mergekit-$*/bin/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary mergekit --dest $(INTEGRATION) mergekit==$*
+	tar -xzf $(INTEGRATION)/mergekit-$*.tar.gz -C $(INTEGRATION)/mergekit-$*
 	touch $@

@@ -298,7 +298,7 @@ def _graph_method(method: Method[Any], name: str) -> Any:
                 raise UsageError(
                     f"tensor {self.output_weight.name!r}: not in the base model {self.base_model}"
                 )
-            experts = {model: tensors[model] for model in self.weights if model in tensors}
+            experts = {m: tensors[m] for m in self.weights if tensors.get(m) is not None}
             if not experts or not base.is_floating_point():
                 return base
             return merge_group(
