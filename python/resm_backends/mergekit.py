@@ -370,7 +370,7 @@ def check_recipe(path: str, names: Mapping[str, str]) -> None:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(path, [" ".join(str(error).split())]) from error
     ours = {theirs: name for name, theirs in names.items()}
     method = content.get("merge_method") if isinstance(content, dict) else None
