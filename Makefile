@@ -14,7 +14,7 @@ demo: $(VENV)/demo.done
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest
 
-# The real mergekit, each version in an environment of its own: about a minute after installation.
+# The real mergekit, each version in an environment of its own: two minutes after installation.
 MERGEKITS := 0.1.4 0.1.5
 INTEGRATION := .venv-integration
 integration: $(MERGEKITS:%=$(INTEGRATION)/mergekit-%.done)

@@ -250,15 +250,16 @@ def test_experts_of_another_dtype(tmp_path: Path) -> None:
     assert not differing(*both_ways(tmp_path / "rounded", recipe))
 
 
-def test_the_order_of_experts_is_the_recipes(llamas: Path, tmp_path: Path) -> None:
-    """Also with the base listed among them."""
-    recipe = recipe_for(llamas, "resm", dtype="float32")
+def test_weights_follow_their_models(llamas: Path, tmp_path: Path) -> None:
+    """In any order, and with the base listed among them, whose weight does not count."""
+    recipe = recipe_for(llamas, "resm", weights={"a": 0.2, "b": 1.3}, dtype="float32")
     a, b, c = recipe["models"]
-    turned = {**recipe, "models": [c, {"model": recipe["base_model"]}, a, b]}
-    theirs, ours = both_ways(tmp_path, turned)
+    base = {"model": recipe["base_model"], "parameters": {"weight": 5.0}}
+    theirs, ours = both_ways(tmp_path, {**recipe, "models": [c, base, b, a]})
     assert not differing(theirs, ours)
-    resm_kernels.merge(recipe=write(tmp_path / "plain.yml", recipe), output=tmp_path / "plain")
-    assert differing(ours, tensors_in(tmp_path / "plain")), "the order makes no difference here"
+    recipe = recipe_for(llamas, "resm", weights={"a": 1.3, "b": 0.2}, dtype="float32")
+    resm_kernels.merge(recipe=write(tmp_path / "other.yml", recipe), output=tmp_path / "other")
+    assert differing(ours, tensors_in(tmp_path / "other")).keys() == ours.keys()
 
 
 def test_the_command_as_a_user_types_it(llamas: Path, tmp_path: Path) -> None:
