@@ -1,1 +1,1 @@
-"""Adapters that let other model merging tools use resm-kernels."""
+"""Doors from other tools into resm-kernels, a module for each."""
