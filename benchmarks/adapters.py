@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from resm_backends.peft import merge_adapters
 
 from benchmarks.record import Row, write
+from resm_backends.peft import merge_adapters
 from resm_kernels.checkpoint.lora import read_adapter, read_factors
 
 SHAPES = {(1024, 1024): 5, (2816, 1024): 3, (2048, 2048): 3, (5632, 2048): 1}

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from resm_backends import peft as backend
-from resm_backends.peft import factored_stats, merge_adapters
 from safetensors.torch import save_file
 
+from resm_backends import peft as backend
+from resm_backends.peft import factored_stats, merge_adapters
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.lora import Adapter, open_model, read_adapter, read_factors
 from resm_kernels.checkpoint.reader import open_checkpoint

@@ -21,11 +21,11 @@ import fusion_bench
 from fusion_bench.method.task_singular_vector import TaskSingularVectorMerging
 from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
-from resm_backends.fusion_bench import ResmKernelsMerging
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 import resm_kernels
+from resm_backends.fusion_bench import ResmKernelsMerging
 from resm_kernels.errors import UsageError
 from tests import oracle
 from tests.checkpoints import contents
