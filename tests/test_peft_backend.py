@@ -19,7 +19,7 @@ from resm_kernels.checkpoint.lora import Adapter, open_model, read_adapter, read
 from resm_kernels.checkpoint.reader import open_checkpoint
 from resm_kernels.errors import CheckpointError, NonFiniteError, OutputError, UsageError
 from resm_kernels.linalg import FactoredDelta
-from resm_kernels.methods import find_method, merge_weight
+from resm_kernels.methods import Inputs, find_method, merge_weight
 from resm_kernels.ops.delta_stats import delta_stats
 from tests.adapters import gpt2, llama, read_state, train, write_adapter
 from tests.checkpoints import contents
@@ -87,7 +87,7 @@ def test_the_merged_adapter_is_the_dense_merge_truncated(
         deltas = [dense(adapter, name, found.shape) for adapter in adapters]
         zeros = torch.zeros(found.shape, dtype=torch.float64)
         options = chosen.make_options(parameters, len(adapters))
-        whole = merge_weight(chosen, name, zeros, deltas, weights, options, torch.float64)
+        whole = merge_weight(chosen, Inputs(name, zeros, deltas), weights, options, torch.float64)
         expected, lost = truncated(whole.tensor, 3)
         mine = dense(merged, name, found.shape)
         assert torch.linalg.norm(mine - expected) <= 3e-6 * torch.linalg.norm(expected), name

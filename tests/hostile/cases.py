@@ -290,10 +290,12 @@ FILES = [
     bad("tokenizer of 300 MB", sparse_file("base/tokenizer.json", 300 << 20),
         "base/tokenizer.json", "too large"),
     bad("no weights", no_weights, "expert-a: no weights", "model.safetensors"),
-    bad("LoRA adapter", adapter, "expert-a", "LoRA adapter", "merge the adapter into its base"),
+    bad("half a LoRA adapter", adapter, "expert-a",
+        "this adapter cannot be merged", "lora_B is missing"),
     bad("several files", several_files, "expert-a: 2 safetensors files and no index"),
     bad("no such folder", model_argument("./no/x"), "./no/x: no such file or folder"),
-    bad("a LoRA by plus", model_argument("some/model+some/lora"), "some/lora", "LoRA adapters"),
+    bad("a LoRA by plus", model_argument("some/model+some/lora"), "some/lora",
+        "it has another base"),
     bad("an unknown user's home", model_argument("~no_such_user/model"), "~no_such_user/model"),
     bad("a name of 300 letters", model_argument("in/" + "x" * 300), "in/xxx"),
 ]  # fmt: skip
@@ -491,12 +493,14 @@ RECIPES = [
     mistake("out_dtype is a mapping", plus("out_dtype: {a: b}"), "out_dtype: got {'a': 'b'}"),
     mistake("lambda twice", plus("lambda: 1\nparameters: {lambda: 2}"), "lambda: stands at the top",
             "keep one"),
-    mistake("lambda of linear", recipe(RECIPE.replace("resm", "linear") + "lambda: 1\n"),
-            "lambda: linear has no such parameter"),
+    mistake("outputs of a merge", plus("outputs: [{name: a}]"), "outputs: several outputs"),
+    mistake("an override without a filter", plus("overrides: [{merge_method: tsvm}]"),
+            "overrides[0].filter: got None"),
     mistake("filter without value", plus("parameters: {sigma: [{filter: mlp}]}"),
             "parameters.sigma[0]: no value"),
     mistake("empty gradient", plus("parameters: {sigma: []}"), "sigma: got an empty list"),
-    mistake("tokenizer_source", plus("tokenizer_source: union"), "only 'base' is supported"),
+    mistake("tokenizer_source", plus("tokenizer_source: [union]"),
+            "expected base, union or a model"),
 ]  # fmt: skip
 
 
