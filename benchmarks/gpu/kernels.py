@@ -435,8 +435,7 @@ def trim_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
     from resm_kernels.ops.mask import kernel
 
     base, experts = family(shape, dtype, device)
-    density = 0.2
-    kept = int(density * base.numel())
+    kept = int(0.2 * base.numel())
 
     def check(found: list[tuple[float, int]]) -> None:
         for expert, (threshold, cut) in zip(experts, found, strict=True):
@@ -453,7 +452,7 @@ def trim_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
     return Case(
         name,
         shape,
-        lambda: kernel.trim(base, experts, density),
+        lambda: kernel.trim(base, experts, [kept] * len(experts)),
         check,
         plain,
         (base, experts),
