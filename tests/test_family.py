@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 import resm_kernels
 from resm_kernels.errors import ResmError, UsageError
 from resm_kernels.linalg.subspace import FactoredDelta
 from resm_kernels.methods import METHODS, Inputs, averaging, merge_weight, sparsifying
 from resm_kernels.ops.mask import drop_key
+from tests.checkpoints import save_family
 
 Array = NDArray[np.float64]
 EPS = 2.0**-24
@@ -347,6 +349,26 @@ def test_a_rescaled_draw_keeps_the_sum_of_magnitudes(method: str) -> None:
     found = merge(method, base, [expert], parameters={"density": 0.4})
     total = float((expert - base).double().abs().sum())
     assert float((found - base).double().abs().sum()) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["breadcrumbs", "dare_ties", "della"])
+def test_checkpoints_do_not_hang_on_shards(method: str, tmp_path: Path) -> None:
+    """Whole checkpoints in one shard or many, by one worker or two; the seed is in the recipe."""
+    base, experts = save_family(tmp_path, experts=3)
+    given = {"density": 0.5, "gamma": 0.1} if method == "breadcrumbs" else {"density": 0.5}
+    merged = []
+    for i, (shard_size, workers) in enumerate((("5GB", 1), ("2KB", 2))):
+        output = tmp_path / f"out{i}"
+        resm_kernels.merge(
+            base, experts, output, method, parameters=given, shard_size=shard_size, workers=workers
+        )
+        files = sorted(output.glob("*.safetensors"))
+        merged.append({k: v for file in files for k, v in load_file(file).items()})
+        assert (len(files) == 1) == (i == 0)
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(value, merged[1][name]) for name, value in merged[0].items())
+    origin = load_file(base / "model.safetensors")
+    assert any(not torch.equal(value, origin[name]) for name, value in merged[0].items())
 
 
 @pytest.mark.parametrize("method", NEW)

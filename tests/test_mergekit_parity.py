@@ -88,13 +88,10 @@ def test_mergekits_weights(case: Case) -> None:
     expected = load_file(RECORDED / "tensors.safetensors")[case.name]
     size = max(float(tensor.abs().max()) for tensor in (case.base, *case.experts, expected))
     if case.name.endswith(" of constant"):
-        # Which of equal magnitudes goes first is not settled there: their numbers are.
+        # Which of equal magnitudes are kept is not settled there: their number and size are.
         found, expected = (
             (merged - case.base).view(-1).abs().sort().values for merged in (found, expected)
         )
-        if len(case.experts) > 1 and case.method not in ("model_stock", "slerp", "passthrough"):
-            assert found.count_nonzero() == pytest.approx(int(expected.count_nonzero()), abs=8)
-            return
     # A rescaled sum of three experts errs most: a dozen roundings, and mergekit's float32 norms.
     assert bool(((found - expected).abs() <= 40 * EPS * size).all()), (found - expected).abs().max()
 

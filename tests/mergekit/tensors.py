@@ -39,9 +39,9 @@ def weights(shape: tuple[int, ...], seed: int) -> Weights:
 
 
 def constant(shape: tuple[int, ...], seed: int) -> Weights:
-    """Deltas of one magnitude."""
-    base, experts = weights(shape, seed)
-    return base, [base + 0.25 * (expert - base).sign() for expert in experts]
+    """One delta of one magnitude."""
+    base, (expert, *_) = weights(shape, seed)
+    return base, [base + 0.25 * (expert - base).sign()]
 
 
 KINDS: dict[str, Callable[[], Weights]] = {
