@@ -16,7 +16,7 @@ from resm_kernels.linalg.eigen import gram
 from resm_kernels.linalg.express import orthonormalise
 from resm_kernels.linalg.projector import leading_eigenspace
 from resm_kernels.linalg.solver import CONTRACT_SHARE, Work
-from resm_kernels.methods import find_method, merge_weight
+from resm_kernels.methods import Inputs, find_method, merge_weight
 
 Shape = tuple[int, int]
 EXPERTS = 3
@@ -266,14 +266,14 @@ def time_models(suite: Suite, models: dict[str, tuple[int, int, int, int]]) -> N
 def time_weight(suite: Suite, name: str, shape: Shape, mode: Any) -> Row:
     """Delta, factors and rebuilt weight: TSV-M at full rank, bf16 in and out."""
     method, ranks = find_method("tsvm"), [min(shape) // EXPERTS] * EXPERTS
-    options, dtype = method.make_options({"solver": mode}), torch.bfloat16
+    options, dtype = method.make_options({"solver": mode}, EXPERTS), torch.bfloat16
     plan = Solver(SolverOptions(mode=mode)).plan(shape, ranks, device=suite.device.type)
     with suite.case("layers", name, shape=shape, mode=mode) as row:
         generator = torch.Generator(suite.device).manual_seed(0)
         gaussian = functools.partial(torch.randn, shape, generator=generator, device=suite.device)
         base = (0.02 * gaussian()).to(dtype)
         experts = [(base + 1e-3 * gaussian()).to(dtype) for _ in range(EXPERTS)]
-        given = (method, "weight", base, experts, [1.0] * EXPERTS, options, dtype)
+        given = (method, Inputs("weight", base, experts), [1.0] * EXPERTS, options, dtype)
         merged = timed(suite, row, plan.work, merge_weight, *given, repeats=1)
         row |= {"backends": merged.backends, "notes": merged.notes}
     return row
