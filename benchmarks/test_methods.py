@@ -78,12 +78,15 @@ def stock(by_row: bool) -> torch.Tensor:
 
 
 def cosine_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp_min(1e-6)
+    """In float64: on one thread torch's float32 norm of a whole weight errs by 6e-4."""
+    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in (a, b)]
+    product = (a * b).sum(-1, dtype=torch.float64)
+    return (product / (norms[0] * norms[1]).clamp_min(1e-6)).float()
 
 
 def spherical() -> torch.Tensor:
     a, b = BASE.float(), EXPERTS[0].float()
-    cosine = ((a / a.norm()) * (b / b.norm())).sum()
+    cosine = cosine_of(a.flatten(), b.flatten())
     if abs(cosine) > 0.9995:
         return ((1 - T) * a + T * b).bfloat16()
     angle = cosine.acos()
@@ -123,15 +126,16 @@ def run(case: str, who: str) -> Callable[[], torch.Tensor]:
 
 
 def agree(case: str, mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Changes alike: entry by entry, or in size where they are drawn.
+    """Equal but for one rounding; changes of one size where they are drawn.
 
-    Trims settle ties in magnitude differently, which moves a per cent of the change.
+    Trims settle ties in magnitude differently, which moves 1 to 3 % of the entries.
     """
     first, second = delta(mine), delta(theirs)
     if case.startswith(("dare", "della")):
         return float(first.norm()) == pytest.approx(float(second.norm()), rel=0.02)
-    close = 0.5 if case.startswith(("ties", "breadcrumbs")) else 0.02
-    return bool((first - second).norm() <= close * second.norm())
+    if case.startswith(("ties", "breadcrumbs")):
+        return bool((first - second).norm() <= 0.5 * second.norm())
+    return bool(((first - second).abs() <= 2**-7 * mine.float().abs() + 2**-24).all())
 
 
 @pytest.mark.parametrize("who", ["ours", "peer"])
