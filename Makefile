@@ -1,11 +1,11 @@
-# Every target sets up .venv by itself. PYTHON chooses the interpreter (3.10 or newer).
+# Every target sets up .venv by itself (integration: one below .venv-integration per tool). PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test torture fuzz lint kernels bench spectral chart gpu clean
+.PHONY: demo test integration integration-mergekit integration-fusion-bench torture fuzz lint kernels bench spectral chart gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -13,6 +13,21 @@ demo: $(VENV)/demo.done
 
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest
+
+# The tools that we plug into, each in an environment of its own, since they pin what they need.
+integration: integration-mergekit integration-fusion-bench
+
+integration-fusion-bench:
+	$(MAKE) VENV=$(VENV)-fusion-bench $(VENV)-fusion-bench/fusion-bench.done
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(VENV)-fusion-bench/bin/python -m pytest tests/integration/test_fusion_bench.py
+
+MERGEKITS := 0.1.4 0.1.5
+INTEGRATION := .venv-integration
+integration-mergekit: $(MERGEKITS:%=$(INTEGRATION)/mergekit-%.done)
+	for version in $(MERGEKITS); do \
+	    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 RESM_MERGEKIT=$$version \
+	    $(INTEGRATION)/mergekit-$$version/bin/python -m pytest tests/integration/test_mergekit.py || exit 1; \
+	done
 
 # About four minutes: a process killed, a file layer failing, power cut, bytes flipped.
 torture: $(VENV)/dev.done
@@ -27,7 +42,7 @@ lint: $(VENV)/dev.done
 kernels: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.compile
 
-# Seconds for each of the nine targets; needs a Python that atheris has wheels for (3.11 to 3.13).
+# Seconds for each of the ten targets; needs a Python that atheris has wheels for (3.11 to 3.13).
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/fuzz.done
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --work build/fuzz
@@ -49,11 +64,19 @@ chart: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.chart
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(VENV)-* demo build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/%.done: $(VENV)/bin/python pyproject.toml constraints.txt setup.py
 	$(PIP) --editable '.[$*]'
+	touch $@
+
+# mergekit's own tests are in its source release only.
+$(INTEGRATION)/mergekit-%.done: tests/integration/mergekit-%.txt pyproject.toml constraints.txt setup.py
+	$(PYTHON) -m venv $(INTEGRATION)/mergekit-$*
+	$(INTEGRATION)/mergekit-$*/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable . --requirement $<
+	$(INTEGRATION)/mergekit-$*/bin/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary mergekit --dest $(INTEGRATION) mergekit==$*
+	tar -xzf $(INTEGRATION)/mergekit-$*.tar.gz -C $(INTEGRATION)/mergekit-$*
 	touch $@

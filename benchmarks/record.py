@@ -31,7 +31,7 @@ def conditions(threads: int) -> Row:
     ]
     found: Row = {"commit": commit, "python": platform.python_version(), "threads": threads}
     found |= {"cpu": models[0] if models else platform.machine(), "cores": len(models)}
-    for name in ("torch", "triton", "numpy", "scipy", "fusion-bench"):
+    for name in ("torch", "triton", "numpy", "scipy", "fusion-bench", "peft"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

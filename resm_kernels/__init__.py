@@ -21,10 +21,21 @@ if TYPE_CHECKING:
         plan as plan,
     )
     from resm_kernels.api import (
+        sweep as sweep,
+    )
+    from resm_kernels.api import (
         verify as verify,
     )
 
-__all__ = ["__version__", "merge", "merge_state_dicts", "merge_tensors", "plan", "verify"]
+__all__ = [
+    "__version__",
+    "merge",
+    "merge_state_dicts",
+    "merge_tensors",
+    "plan",
+    "sweep",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,13 +14,21 @@ import torch
 from resm_kernels.checkpoint.dtypes import OUT_DTYPES
 from resm_kernels.checkpoint.manifest import Verification, verify_folder
 from resm_kernels.engine.options import EngineOptions, parse_size
-from resm_kernels.engine.pipeline import Progress, run_plan
-from resm_kernels.engine.plan import MergePlan, make_plan
+from resm_kernels.engine.pipeline import Progress, run_plan, run_plans
+from resm_kernels.engine.plan import MergePlan, make_plan, make_plans
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import NonFiniteError, UsageError
-from resm_kernels.methods import Inputs, find_method, merge_weight
+from resm_kernels.methods import Inputs, find_method, merge_weight, split_of
 from resm_kernels.ops.dtypes import is_finite
-from resm_kernels.recipe import Recipe, build_recipe, layer_positions, load_recipe
+from resm_kernels.recipe import (
+    Recipe,
+    build_recipe,
+    build_recipes,
+    layer_positions,
+    load_recipe,
+    read_recipe,
+    sweep_outputs,
+)
 from resm_kernels.report.card import model_card
 
 Model = str | os.PathLike[str]
@@ -126,19 +134,18 @@ def plan(
     **options: Any,
 ) -> MergePlan:
     """Plan a merge from headers alone; parameters as for `merge`, nothing is written."""
-    engine = EngineOptions(
-        memory_budget=None if memory_budget is None else parse_size(memory_budget),
-        shard_size=parse_size(shard_size),
-        **options,
-    )
-    inline = {"base": base, "experts": experts, "weights": weights, "parameters": parameters}
-    given = [
-        name for name, value in {**inline, "out_dtype": out_dtype}.items() if value is not None
-    ]
-    if recipe is not None and (given or method != "resm"):
-        raise UsageError(
-            f"merge: {', '.join(given or ['method'])} beside a recipe",
-            fix="write it into the recipe, or leave the recipe out",
+    engine = _engine(memory_budget, shard_size, **options)
+    if recipe is not None:
+        _only_recipe(
+            "merge",
+            {
+                "base": base,
+                "experts": experts,
+                "weights": weights,
+                "parameters": parameters,
+                "out_dtype": out_dtype,
+                "method": None if method == "resm" else method,
+            },
         )
     if isinstance(recipe, Recipe):
         return make_plan(recipe, engine)
@@ -155,12 +162,142 @@ def execute(
 ) -> MergeReport:
     """Carry out a plan; `output` and errors as for `merge`."""
     return run_plan(
-        made,
-        Path(output),
-        resume=resume,
-        progress=progress,
-        extra_files=lambda report: {"README.md": model_card(report)},
+        made, Path(output), resume=resume, progress=progress, extra_files=_written_files
     )
+
+
+def sweep(
+    base: Model | None = None,
+    experts: Sequence[Model] | None = None,
+    output: Model | None = None,
+    methods: str | Sequence[str] = (),
+    *,
+    lambdas: Sequence[float] = (),
+    recipe: Model | Recipe | None = None,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_dtype: str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, MergeReport]:
+    """Merge the same models several times in one pass over them.
+
+    Parameters
+    ----------
+    output : path
+        A folder that does not exist yet; every merge becomes a checkpoint in it, byte for byte
+        what `merge` writes.
+    methods : str or sequence of str
+        One output each; `resm` by default, or the recipe's method.
+    lambdas : sequence of float
+        One output each, for every method that has a lambda.
+    recipe : path or Recipe, optional
+        Instead of `base`, `experts`, `weights`, `parameters` and `out_dtype`; it may list its
+        `outputs` itself, and then `methods` and `lambdas` stay empty.
+    **options
+        The engine options of `merge`.
+
+    Returns
+    -------
+    dict
+        The report of every merge by the name of its folder (`lambda-0.5`, `ties-lambda-0.5`).
+
+    Notes
+    -----
+    Inputs are read once; outputs that differ in lambda alone share their factorisations, and
+    those that differ in outlier weighting share the truncated subspaces.
+    """
+    if output is None:
+        raise UsageError("sweep: no output folder given")
+    made = plan_sweep(
+        base,
+        experts,
+        methods,
+        lambdas=lambdas,
+        recipe=recipe,
+        weights=weights,
+        parameters=parameters,
+        out_dtype=out_dtype,
+        **options,
+    )
+    return execute_sweep(made, output, resume=resume, progress=progress)
+
+
+def plan_sweep(
+    base: Model | None = None,
+    experts: Sequence[Model] | None = None,
+    methods: str | Sequence[str] = (),
+    *,
+    lambdas: Sequence[float] = (),
+    recipe: Model | Recipe | None = None,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_dtype: str | None = None,
+    **options: Any,
+) -> dict[str, MergePlan]:
+    """Plan a sweep; parameters as for `sweep`, nothing is written."""
+    methods = [methods] if isinstance(methods, str) else list(methods)
+    inline = {"base": base, "experts": experts, "weights": weights, "parameters": parameters}
+    if recipe is not None:
+        _only_recipe("sweep", {**inline, "out_dtype": out_dtype})
+        content = recipe.to_dict() if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+        source = "sweep" if isinstance(recipe, Recipe) else str(recipe)
+    elif base is None or not experts:
+        raise UsageError("sweep: give base and experts, or a recipe")
+    else:
+        first = methods[0] if methods else "resm"
+        content = recipe_content(base, experts, first, weights, parameters, out_dtype)
+        source = "sweep"
+    if isinstance(content, dict) and (methods or lambdas):
+        if "outputs" in content:
+            raise UsageError(
+                f"sweep: {source} lists its outputs",
+                fix="leave methods and lambdas out, or the recipe's outputs",
+            )
+        content = sweep_outputs(content, methods, lambdas)
+    if isinstance(content, dict) and "outputs" not in content:
+        raise UsageError(
+            "sweep: one output",
+            fix="give several lambdas or methods, list outputs in the recipe, or use merge",
+        )
+    recipes = build_recipes(content, source)
+    return dict(zip(recipes, make_plans([*recipes.values()], _engine(**options)), strict=True))
+
+
+def execute_sweep(
+    made: Mapping[str, MergePlan],
+    output: Model,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, MergeReport]:
+    """Carry out the plans of a sweep; `output` and errors as for `sweep`."""
+    return run_plans(
+        made, Path(output), resume=resume, progress=progress, extra_files=_written_files
+    )
+
+
+def _written_files(report: MergeReport) -> dict[str, bytes]:
+    return {"README.md": model_card(report)}
+
+
+def _engine(
+    memory_budget: int | str | None = None, shard_size: int | str = "5GB", **options: Any
+) -> EngineOptions:
+    return EngineOptions(
+        memory_budget=None if memory_budget is None else parse_size(memory_budget),
+        shard_size=parse_size(shard_size),
+        **options,
+    )
+
+
+def _only_recipe(what: str, inline: Mapping[str, Any]) -> None:
+    if given := [name for name, value in inline.items() if value is not None]:
+        raise UsageError(
+            f"{what}: {', '.join(given)} beside a recipe",
+            fix="write it into the recipe, or leave the recipe out",
+        )
 
 
 def recipe_content(
@@ -215,6 +352,7 @@ def merge_tensors(
     parameters: Mapping[str, Any] | None = None,
     out_dtype: torch.dtype | None = None,
     name: str = "",
+    config: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """Merge one weight in memory, on the device where it is.
 
@@ -229,7 +367,10 @@ def merge_tensors(
     out_dtype : torch.dtype, optional
         The base's by default.
     name : str
-        The weight's name, for the `exclude` patterns.
+        The weight's name, for the `exclude` patterns, and part of the key of random drops.
+    config : mapping, optional
+        The model's config.json, by which fused weights and expert stacks are told apart; without
+        it they are merged whole.
 
     Returns
     -------
@@ -270,7 +411,8 @@ def merge_tensors(
     options = chosen.make_options(parameters or {}, len(experts))
     chosen.validate(shares, options)
     inputs = Inputs(name, base, experts)
-    merged = merge_weight(chosen, inputs, shares, options, dtype).tensor
+    split = split_of(chosen, name, base.shape, len(shares), options, config or {})[0]
+    merged = merge_weight(chosen, inputs, shares, options, dtype, split).tensor
     if not is_finite(merged):
         raise NonFiniteError(f"{label}: merged values do not fit {dtype}")
     return merged
@@ -284,8 +426,9 @@ def merge_state_dicts(
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
     out_dtype: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Merge state dicts in memory; parameters as for `merge`.
+    """Merge state dicts in memory; parameters as for `merge`, `config` as for `merge_tensors`.
 
     Every name of the base must be in every expert and the other way round; what is not a float
     tensor (integers, extra state) is copied from the base. The inputs are not changed; the result
@@ -317,10 +460,11 @@ def merge_state_dicts(
         merged[name] = merge_tensors(
             tensor,
             [expert[name] for expert in experts],
-            recipe.method,
+            recipe.method_for(name).name,
             weights=recipe.weights(name, positions[name]),
             parameters={k.rstrip("_"): v for k, v in vars(options).items()},
             out_dtype=getattr(torch, recipe.out_dtype) if recipe.out_dtype in OUT_DTYPES else None,
             name=name,
+            config=config,
         )
     return merged

@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from resm_kernels import __version__
 from resm_kernels.errors import RecipeError, ResmError, UsageError
 
 if TYPE_CHECKING:
+    from resm_kernels.engine.pipeline import Progress
     from resm_kernels.engine.plan import MergePlan
 
 INTERRUPTED = 130
@@ -76,8 +77,50 @@ def build_parser() -> argparse.ArgumentParser:
         description="Merge checkpoints by a recipe, or by --base, --expert and --method. OUT "
         "appears when it is complete; until then the work lies in OUT.partial.",
     )
-    merge.add_argument("paths", nargs="*", metavar="[RECIPE.yml] OUT")
-    what = merge.add_argument_group("what to merge (instead of a recipe)")
+    what = _merge_arguments(merge)
+    what.add_argument("--method", metavar="NAME", help="see `resm methods` (default: resm)")
+    what.add_argument("--lambda", metavar="X", dest="lambda_", type=float, help="merge coefficient")
+    merge.set_defaults(run=_merge)
+
+    sweep = commands.add_parser(
+        "sweep",
+        parents=[common],
+        help="merge the same checkpoints several times, reading them once",
+        usage="resm sweep RECIPE.yml OUT [--lambda X,Y,...] [--method M,N,...] [options]\n"
+        "       resm sweep --base B --expert E --expert E --lambda X,Y,... OUT [options]",
+        description="Merge by every method and lambda given, or as the recipe's `outputs` list. "
+        "Each becomes a folder in OUT, with the bytes that `resm merge` writes.",
+    )
+    what = _merge_arguments(sweep)
+    what.add_argument("--method", metavar="M,N", help="methods, one output each (default: resm)")
+    what.add_argument("--lambda", metavar="X,Y", dest="lambda_", help="merge coefficients")
+    sweep.set_defaults(run=_sweep)
+
+    verify = commands.add_parser(
+        "verify", parents=[common], help="check every byte of a merged checkpoint"
+    )
+    verify.add_argument("path", metavar="OUT")
+    verify.set_defaults(run=_verify)
+
+    methods = commands.add_parser("methods", parents=[common], help="list methods and parameters")
+    methods.set_defaults(run=_methods)
+
+    doctor = commands.add_parser("doctor", parents=[common], help="what this machine has")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser(
+        "demo", parents=[common], help="train a tiny base and three experts, merge, compare"
+    )
+    demo.add_argument("path", metavar="DIR")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What `merge` and `sweep` share; returns the group that says what to merge."""
+    parser.add_argument("paths", nargs="*", metavar="[RECIPE.yml] OUT")
+    what = parser.add_argument_group("what to merge (instead of a recipe)")
     what.add_argument("--base", metavar="MODEL", help="folder, file, or Hub id org/name[@revision]")
     what.add_argument(
         "--expert",
@@ -93,8 +136,6 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="weight of an expert, in the order of --expert; repeat",
     )
-    what.add_argument("--method", metavar="NAME", help="see `resm methods` (default: resm)")
-    what.add_argument("--lambda", metavar="X", dest="lambda_", type=float, help="merge coefficient")
     what.add_argument(
         "--param",
         metavar="NAME=VALUE",
@@ -107,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DTYPE",
         help="bfloat16, float16, float32 or float64 (default: the base's)",
     )
-    how = merge.add_argument_group("how to merge")
+    how = parser.add_argument_group("how to merge")
     how.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     how.add_argument("--resume", action="store_true", help="finish an interrupted merge")
     how.add_argument(
@@ -151,65 +192,88 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out tensors of experts that the base lacks",
     )
     how.add_argument("--quiet", action="store_true", help="no progress")
-    merge.set_defaults(run=_merge)
-
-    verify = commands.add_parser(
-        "verify", parents=[common], help="check every byte of a merged checkpoint"
-    )
-    verify.add_argument("path", metavar="OUT")
-    verify.set_defaults(run=_verify)
-
-    methods = commands.add_parser("methods", parents=[common], help="list methods and parameters")
-    methods.set_defaults(run=_methods)
-
-    doctor = commands.add_parser("doctor", parents=[common], help="what this machine has")
-    doctor.set_defaults(run=_doctor)
-
-    demo = commands.add_parser(
-        "demo", parents=[common], help="train a tiny base and three experts, merge, compare"
-    )
-    demo.add_argument("path", metavar="DIR")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.set_defaults(run=_demo)
-    return parser
+    return what
 
 
 def _merge(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from resm_kernels import api
-    from resm_kernels.report.progress import BarProgress, LogProgress
     from resm_kernels.report.tables import plan_table, report_table
 
-    arguments = _what(options)
-    made = api.plan(
-        **arguments,
-        device=options.device,
-        workers=options.workers,
-        threads=options.threads,
-        memory_budget=options.memory_budget,
-        shard_size=options.shard_size,
-        nonfinite=options.nonfinite,
-        allow_missing=options.allow_missing,
-        allow_extra=options.allow_extra,
-    )
-    stderr = Console(stderr=True)
+    made = api.plan(**_what(options), **_how(options))
     if options.dry_run:
-        _check_target(made, options)
+        _check_target({"": made}, options)
         if options.json:
             _print_json(made.to_dict())
         else:
             Console().print(plan_table(made))
         return 0
-    progress = None
-    if not options.quiet:
-        progress = BarProgress(stderr) if stderr.is_terminal else LogProgress()
-    report = api.execute(made, options.paths[-1], resume=options.resume, progress=progress)
+    report = api.execute(
+        made, options.paths[-1], resume=options.resume, progress=_progress(options)
+    )
     if options.json:
         _print_json(report.to_dict())
     else:
         Console().print(report_table(report))
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from resm_kernels import api
+    from resm_kernels.report.tables import plan_table, sweep_table
+
+    methods, lambdas = _listed(options.method), [*map(_number, _listed(options.lambda_))]
+    options.method = options.lambda_ = None
+    what = _what(options)
+    what.pop("method", None)
+    made = api.plan_sweep(**what, methods=methods, lambdas=lambdas, **_how(options))
+    if options.dry_run:
+        _check_target(made, options)
+        if options.json:
+            _print_json({name: plan.to_dict() for name, plan in made.items()})
+        else:
+            for plan in made.values():
+                Console().print(plan_table(plan))
+        return 0
+    reports = api.execute_sweep(
+        made, options.paths[-1], resume=options.resume, progress=_progress(options)
+    )
+    if options.json:
+        _print_json({name: report.to_dict() for name, report in reports.items()})
+    else:
+        Console().print(sweep_table(reports))
+    return 0
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--lambda: got {text!r}", expected="numbers such as 0.5,0.8") from None
+
+
+def _progress(options: argparse.Namespace) -> Progress | None:
+    from rich.console import Console
+
+    from resm_kernels.report.progress import BarProgress, LogProgress
+
+    if options.quiet:
+        return None
+    stderr = Console(stderr=True)
+    return BarProgress(stderr) if stderr.is_terminal else LogProgress()
+
+
+def _how(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `api.plan` that say how to merge."""
+    names = ("device", "workers", "threads", "memory_budget", "shard_size", "nonfinite")
+    return {name: getattr(options, name) for name in (*names, "allow_missing", "allow_extra")}
 
 
 def _what(options: argparse.Namespace) -> dict[str, Any]:
@@ -229,15 +293,15 @@ def _what(options: argparse.Namespace) -> dict[str, Any]:
     if len(options.paths) == 2:
         if given:
             raise UsageError(
-                f"merge: {', '.join(given)} beside a recipe",
+                f"{options.command}: {', '.join(given)} beside a recipe",
                 fix="write it into the recipe, or leave the recipe out",
             )
         return {"recipe": options.paths[0]}
     if len(options.paths) != 1 or not options.base or not options.expert:
         raise UsageError(
-            "merge: expected RECIPE.yml OUT, or --base, --expert and OUT",
+            f"{options.command}: expected RECIPE.yml OUT, or --base, --expert and OUT",
             got=" ".join(options.paths) or "no output folder",
-            fix="see resm merge --help",
+            fix=f"see resm {options.command} --help",
         )
     parameters: dict[str, Any] = {}
     for text in options.param:
@@ -261,7 +325,7 @@ def _what(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check_target(made: MergePlan, options: argparse.Namespace) -> None:
+def _check_target(made: Mapping[str, MergePlan], options: argparse.Namespace) -> None:
     """A dry run refuses what the merge itself would refuse."""
     from pathlib import Path
 
@@ -269,8 +333,10 @@ def _check_target(made: MergePlan, options: argparse.Namespace) -> None:
     from resm_kernels.engine.plan import check_disk
 
     output = absolute(Path(options.paths[-1]))
-    check_output(output, made.input_folders, resume=options.resume)
-    check_disk(made, output)
+    folders = [folder for plan in made.values() for folder in plan.input_folders]
+    several = options.command == "sweep" and options.resume
+    check_output(output, folders, resume=options.resume, several=several)
+    check_disk([*made.values()], output)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -29,12 +30,17 @@ TOP_KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "overrides",
+    "outputs",
 )
 MODEL_KEYS = ("model", "parameters")
+OVERRIDE_KEYS = ("filter", "merge_method", "parameters")
+OUTPUT_KEYS = ("name", "merge_method", "parameters", "lambda", "overrides")
+OUTPUT_NAME = re.compile(r"[A-Za-z0-9][\w.=+-]{0,99}")
 NOT_YET = {
     "slices": "layer slicing is not supported; list whole models under 'models'",
     "modules": "per-module recipes are not supported; list whole models under 'models'",
-    "tokenizer": "only tokenizer_source: base is supported",
+    "tokenizer": "use tokenizer_source: base, union or a model",
     "chat_template": "the base's chat template is kept",
     "name": "the output folder is named on the command line",
 }
@@ -98,6 +104,15 @@ class Expert:
 
 
 @dataclass(frozen=True)
+class Override:
+    """Another method, or other parameters, for the tensors whose name holds `filter`."""
+
+    filter: str
+    method: str
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What to merge and how; checked, and the same for the YAML, the command and the API.
 
@@ -113,6 +128,16 @@ class Recipe:
         Global settings by option name, `weight` included.
     out_dtype : str or None
         `float32`, `bfloat16`, ...; None keeps the base's dtype tensor by tensor.
+    tokenizer_source : str or None
+        Whose vocabulary the output has: `base`, `union`, or a model; None where the models' must
+        agree.
+    names_base : bool
+        Whether the recipe says `base_model`; else the first model gives the layout.
+    overrides : tuple of Override
+        The first whose filter is part of a tensor's name counts for it.
+    ignored : tuple of str
+        Parameters given that only other methods have, so that recipes stay valid when the method
+        changes; they take no part in the merge.
     """
 
     method: str
@@ -120,27 +145,51 @@ class Recipe:
     experts: tuple[Expert, ...]
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    names_base: bool = True
+    overrides: tuple[Override, ...] = ()
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def models(self) -> tuple[ModelReference, ...]:
+        """The base and the experts."""
+        return (self.base, *(expert.model for expert in self.experts))
+
+    def method_for(self, tensor: str) -> Method[Any]:
+        """The method that merges one tensor."""
+        override = self._override(tensor)
+        return METHODS[self.method if override is None else override.method]
 
     def weights(self, tensor: str, position: float) -> tuple[float, ...]:
         """The user's weight of every expert for one tensor."""
-        return tuple(
-            self._first((e.parameters, self.parameters), WEIGHT, tensor, position)
-            for e in self.experts
-        )
+        return self._of_models(WEIGHT, tensor, position)
 
     def options(self, tensor: str, position: float) -> Any:
-        """The method's options for one tensor."""
-        method = METHODS[self.method]
-        shared = (self.parameters,)
+        """The options of the tensor's method."""
+        method = self.method_for(tensor)
         values = {
-            name: [
-                self._first((e.parameters, *shared), spec, tensor, position) for e in self.experts
-            ]
+            name: self._of_models(spec, tensor, position)
             if spec.per_model
-            else self._first(shared, spec, tensor, position)
+            else self._first(self._scopes(tensor, {}), spec, tensor, position)
             for name, spec in method.specs.items()
         }
         return method.make_options(values, len(self.experts))
+
+    def _override(self, tensor: str) -> Override | None:
+        return next((o for o in self.overrides if o.filter in tensor), None)
+
+    def _scopes(
+        self, tensor: str, model: Mapping[str, Setting]
+    ) -> tuple[Mapping[str, Setting], ...]:
+        """Where a parameter is looked for: a tensor's override, the model's own, the recipe's."""
+        override = self._override(tensor)
+        return ({} if override is None else override.parameters, model, self.parameters)
+
+    def _of_models(self, spec: Option, tensor: str, position: float) -> tuple[Any, ...]:
+        return tuple(
+            self._first(self._scopes(tensor, e.parameters), spec, tensor, position)
+            for e in self.experts
+        )
 
     @staticmethod
     def _first(
@@ -161,15 +210,24 @@ class Recipe:
             if expert.parameters:
                 entry["parameters"] = {k: _plain(v) for k, v in expert.parameters.items()}
             models.append(entry)
-        content: dict[str, Any] = {
-            "merge_method": self.method,
-            "base_model": str(self.base),
-            "models": models,
-        }
+        content: dict[str, Any] = {"merge_method": self.method, "models": models}
+        if self.names_base:
+            content["base_model"] = str(self.base)
         if self.parameters:
             content["parameters"] = {k: _plain(v) for k, v in self.parameters.items()}
         if self.out_dtype is not None:
             content["out_dtype"] = self.out_dtype
+        if self.tokenizer_source is not None:
+            content["tokenizer_source"] = self.tokenizer_source
+        if self.overrides:
+            content["overrides"] = [
+                {
+                    "filter": o.filter,
+                    "merge_method": o.method,
+                    "parameters": {k: _plain(v) for k, v in o.parameters.items()},
+                }
+                for o in self.overrides
+            ]
         return content
 
 
@@ -187,7 +245,12 @@ def _plain(setting: Setting) -> Any:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file; RecipeError lists every mistake in it."""
+    """Read the recipe of one output; RecipeError lists every mistake in it."""
+    return build_recipe(read_recipe(path), str(path))
+
+
+def read_recipe(path: Path) -> Any:
+    """The data of a recipe file, not checked yet."""
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -195,7 +258,7 @@ def load_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: the recipe cannot be read: {error.strerror}") from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(str(path), [f"longer than {MAX_BYTES} bytes"])
-    return parse_recipe(raw, str(path))
+    return parse_yaml(raw, str(path))
 
 
 def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
@@ -243,27 +306,104 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def build_recipes(content: object, source: str) -> dict[str, Recipe]:
+    """Check recipe data and build the recipe of every output it lists, by the output's name.
+
+    A recipe without `outputs` has one, named "".
+    """
+    if not isinstance(content, dict) or "outputs" not in content:
+        return {"": build_recipe(content, source)}
+    shared = {key: value for key, value in content.items() if key != "outputs"}
+    entries = content["outputs"]
+    if not isinstance(entries, list) or not entries:
+        raise RecipeError(source, ["outputs: expected a list of {name: ..., lambda: ...}"])
+    mistakes = _Mistakes()
+    recipes: dict[str, Recipe] = {}
+    seen: set[str] = set()
+    for i, entry in enumerate(entries):
+        where = f"outputs[{i}]"
+        if not isinstance(entry, dict):
+            mistakes.add(where, f"got {entry!r}, expected {{name: ..., lambda: ...}}")
+            continue
+        mistakes.unknown_keys(entry, OUTPUT_KEYS, where)
+        name = entry.get("name")
+        if not isinstance(name, str) or not OUTPUT_NAME.fullmatch(name):
+            mistakes.add(f"{where}.name", f"got {name!r}, expected a folder's name, such as mild")
+        elif name.casefold() in seen:
+            mistakes.add(f"{where}.name", f"{name!r} stands twice")
+        else:
+            seen.add(name.casefold())
+            try:
+                recipes[name] = build_recipe(_of_output(shared, entry), source)
+            except RecipeError as error:
+                mistakes.found += [f"{where}: {mistake}" for mistake in error.mistakes]
+    if mistakes.found:
+        raise RecipeError(source, list(dict.fromkeys(mistakes.found)))
+    return recipes
+
+
+def sweep_outputs(
+    content: Mapping[str, Any], methods: Sequence[str], lambdas: Sequence[float]
+) -> dict[str, Any]:
+    """Recipe data with an output for every method and every lambda, named after them.
+
+    A method without a lambda has one output.
+    """
+    entries: list[dict[str, Any]] = []
+    for name in methods or [str(content.get("merge_method"))]:
+        entry = {"merge_method": name}
+        label = [name] if len(methods) > 1 else []
+        if not lambdas or (name in METHODS and "lambda" not in METHODS[name].specs):
+            entries.append({**entry, "name": name})
+            continue
+        entries += [
+            {**entry, "lambda": value, "name": "-".join([*label, f"lambda-{value:g}"])}
+            for value in lambdas
+        ]
+    return {**content, "outputs": entries}
+
+
+def _of_output(shared: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of one output: what it says comes before what all outputs share."""
+    own, common = (
+        dict(one["parameters"]) if isinstance(one.get("parameters"), dict) else {}
+        for one in (entry, shared)
+    )
+    content = {**shared, **{key: value for key, value in entry.items() if key in OUTPUT_KEYS[1:]}}
+    if not isinstance(entry.get("parameters", {}), dict):
+        return content
+    if "lambda" in own and "lambda" not in entry:
+        content.pop("lambda", None)
+    if "lambda" in entry:
+        common.pop("lambda", None)
+    if own and common:
+        content["parameters"] = {**common, **own}
+    elif common:
+        content["parameters"] = common
+    return content
+
+
 def build_recipe(content: object, source: str) -> Recipe:
     """Check recipe data (as YAML or a caller gives them) and build the typed recipe."""
     mistakes = _Mistakes()
     if not isinstance(content, dict):
         raise RecipeError(source, [f"expected a mapping with {', '.join(TOP_KEYS[:3])}"])
     mistakes.unknown_keys(content, TOP_KEYS, "")
+    if "outputs" in content:
+        mistakes.add("outputs", "several outputs: use `resm sweep`, or resm_kernels.sweep")
 
-    method = _method(content.get("merge_method"), mistakes)
+    method = _method(content.get("merge_method"), "merge_method", mistakes)
+    overrides = _overrides(content.get("overrides"), method, mistakes)
+    methods = [m for m in (method, *(METHODS[o.method] for o in overrides)) if m is not None]
     base = _reference(content.get("base_model"), "base_model", mistakes, optional=True)
-    experts = _experts(content.get("models"), method, mistakes)
-    parameters = _parameters(content.get("parameters"), method, "parameters", mistakes)
+    experts = _experts(content.get("models"), methods, mistakes)
+    parameters = _parameters(content.get("parameters"), methods, "parameters", mistakes)
     if "lambda" in content:
         if "lambda" in parameters:
             mistakes.add("lambda", "stands at the top and under parameters: keep one")
-        elif method is not None and "lambda" not in method.specs:
-            mistakes.add("lambda", f"{method.name} has no such parameter")
-        elif method is not None:
-            setting = _setting(content["lambda"], method.specs["lambda"], "lambda", mistakes)
-            parameters = {**parameters, "lambda": setting}
-    if content.get("tokenizer_source") not in (None, "base"):
-        mistakes.add("tokenizer_source", "only 'base' is supported")
+        else:
+            parameters.update(_parameters({"lambda": content["lambda"]}, methods, "", mistakes))
+    tokenizer_source = _tokenizer_source(content.get("tokenizer_source"), mistakes)
     out_dtype = None
     for key in ("dtype", "out_dtype"):
         value = content.get(key)
@@ -275,25 +415,61 @@ def build_recipe(content: object, source: str) -> Recipe:
         out_dtype = value if value is not None else out_dtype
 
     if method is not None and content.get("base_model") is None:
-        if method.uses_base:
-            mistakes.add("base_model", f"missing; {method.name} merges changes against a base")
+        changing = next((m for m in methods if m.uses_base), None)
+        if changing is not None:
+            mistakes.add("base_model", f"missing; {changing.name} merges changes against a base")
         elif experts:
             base = experts[0].model
     if method is not None and base is not None and experts:
-        listed = any(e.model.same_as(base) for e in experts)
-        if method.uses_base:
-            experts = [e for e in experts if not e.model.same_as(base)]
-            if not experts:
-                mistakes.add("models", "no model besides the base")
-        elif not listed and "weight" in parameters:
-            mistakes.add(
-                "base_model",
-                f"{method.name} with one weight for all: list the base under models to average "
-                "it too, or give every model its own weight",
-            )
+        experts = _without_base(base, experts, methods, parameters, mistakes)
     if mistakes.found or method is None or base is None:
         raise RecipeError(source, mistakes.found)
-    return Recipe(method.name, base, tuple(experts), parameters, out_dtype)
+    return Recipe(
+        method.name,
+        base,
+        tuple(experts),
+        parameters,
+        out_dtype,
+        tokenizer_source,
+        content.get("base_model") is not None,
+        overrides,
+        tuple(mistakes.ignored),
+    )
+
+
+def _without_base(
+    base: ModelReference,
+    experts: list[Expert],
+    methods: Sequence[Method[Any]],
+    parameters: Mapping[str, Setting],
+    mistakes: _Mistakes,
+) -> list[Expert]:
+    """The models to merge: the base is none of them where changes against it are merged."""
+    method = methods[0]
+    listed = any(expert.model.same_as(base) for expert in experts)
+    if any(m.uses_base for m in methods):
+        if listed and (other := next((m for m in methods if not m.uses_base), None)):
+            mistakes.add(
+                "models",
+                f"the base is listed, which {other.name} would average and other methods would "
+                "not: leave it out",
+            )
+        experts = [expert for expert in experts if not expert.model.same_as(base)]
+        if not experts:
+            mistakes.add("models", "no model besides the base")
+    elif not listed and "weight" in parameters:
+        mistakes.add(
+            "base_model",
+            f"{method.name} with one weight for all: list the base under models to average "
+            "it too, or give every model its own weight",
+        )
+    for m in methods if experts else ():
+        fewest, most = m.experts
+        if not fewest <= len(experts) <= (most or len(experts)):
+            expected = f"{fewest}" if most == fewest else f"at least {fewest}"
+            beside = " besides the base" if m.uses_base else ""
+            mistakes.add("models", f"{len(experts)} models{beside}; {m.name} merges {expected}")
+    return experts
 
 
 class _Mistakes:
@@ -301,6 +477,7 @@ class _Mistakes:
 
     def __init__(self) -> None:
         self.found: list[str] = []
+        self.ignored: list[str] = []
 
     def add(self, where: str, problem: str) -> None:
         self.found.append(f"{where}: {problem}" if where else problem)
@@ -324,14 +501,40 @@ def _nearest(word: object, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _method(name: object, mistakes: _Mistakes) -> Method[Any] | None:
+def _method(name: object, where: str, mistakes: _Mistakes) -> Method[Any] | None:
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     got = "missing" if name is None else f"got {name!r}"
-    mistakes.add(
-        "merge_method", f"{got}; expected one of {', '.join(METHODS)}{_nearest(name, METHODS)}"
-    )
+    mistakes.add(where, f"{got}; expected one of {', '.join(METHODS)}{_nearest(name, METHODS)}")
     return None
+
+
+def _overrides(
+    value: object, main: Method[Any] | None, mistakes: _Mistakes
+) -> tuple[Override, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        mistakes.add("overrides", "expected a list of {filter: ..., merge_method: ...}")
+        return ()
+    overrides = []
+    for i, entry in enumerate(value):
+        where = f"overrides[{i}]"
+        if not isinstance(entry, dict):
+            mistakes.add(where, f"got {entry!r}, expected {{filter: ..., merge_method: ...}}")
+            continue
+        mistakes.unknown_keys(entry, OVERRIDE_KEYS, where)
+        pattern = entry.get("filter")
+        if not isinstance(pattern, str) or not pattern:
+            mistakes.add(f"{where}.filter", f"got {pattern!r}, expected part of a tensor name")
+        method = main
+        if "merge_method" in entry:
+            method = _method(entry["merge_method"], f"{where}.merge_method", mistakes)
+        if method is None:
+            continue
+        settings = _parameters(entry.get("parameters"), [method], f"{where}.parameters", mistakes)
+        overrides.append(Override(str(pattern), method.name, settings))
+    return tuple(overrides)
 
 
 def _reference(
@@ -345,7 +548,16 @@ def _reference(
     return None
 
 
-def _experts(value: object, method: Method[Any] | None, mistakes: _Mistakes) -> list[Expert]:
+def _tokenizer_source(value: object, mistakes: _Mistakes) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value.strip() and "\0" not in value:
+        return value.strip()
+    mistakes.add("tokenizer_source", f"got {value!r}, expected base, union or a model")
+    return None
+
+
+def _experts(value: object, methods: Sequence[Method[Any]], mistakes: _Mistakes) -> list[Expert]:
     if not isinstance(value, list) or not value:
         mistakes.add("models", "expected a list of {model: ..., parameters: {weight: ...}}")
         return []
@@ -358,7 +570,7 @@ def _experts(value: object, method: Method[Any] | None, mistakes: _Mistakes) -> 
         mistakes.unknown_keys(entry, MODEL_KEYS, where)
         model = _reference(entry.get("model"), f"{where}.model", mistakes)
         where = f"{where}.parameters"
-        settings = _parameters(entry.get("parameters"), method, where, mistakes, per_model=True)
+        settings = _parameters(entry.get("parameters"), methods, where, mistakes, per_model=True)
         if model is not None:
             experts.append(Expert(model, settings))
     return experts
@@ -366,28 +578,41 @@ def _experts(value: object, method: Method[Any] | None, mistakes: _Mistakes) -> 
 
 def _parameters(
     value: object,
-    method: Method[Any] | None,
+    methods: Sequence[Method[Any]],
     where: str,
     mistakes: _Mistakes,
     *,
     per_model: bool = False,
 ) -> dict[str, Setting]:
+    """The settings that some of `methods` has; one that only other methods have is ignored."""
     if value is None:
         return {}
     if not isinstance(value, dict):
         mistakes.add(where, f"got {value!r}, expected a mapping")
         return {}
-    if method is None:
+    if not methods:
         return {}
-    known = {"weight": WEIGHT, **method.specs}
-    if per_model:
-        known = {name: spec for name, spec in known.items() if spec.per_model}
-    mistakes.unknown_keys(value, list(known), where)
-    return {
-        name: _setting(setting, known[name], f"{where}.{name}", mistakes)
-        for name, setting in value.items()
-        if name in known
-    }
+    known, elsewhere = (_known(which, per_model) for which in (methods, METHODS.values()))
+    prefix = f"{where}." if where else ""
+    names = ", ".join(dict.fromkeys(method.name for method in methods))
+    settings = {}
+    for name, setting in value.items():
+        if name in known:
+            settings[name] = _setting(setting, known[name], f"{prefix}{name}", mistakes)
+        elif name in elsewhere:
+            mistakes.ignored.append(f"{prefix}{name}: {names} has no such parameter")
+        else:
+            mistakes.unknown_keys({name: setting}, list(known), where)
+    return settings
+
+
+def _known(methods: Iterable[Method[Any]], per_model: bool) -> dict[str, Option]:
+    known = {WEIGHT.name: WEIGHT}
+    for method in methods:
+        for name, spec in method.specs.items():
+            if spec.per_model or not per_model:
+                known.setdefault(name, spec)
+    return known
 
 
 def _setting(value: object, spec: Option, where: str, mistakes: _Mistakes) -> Setting:
@@ -456,11 +681,15 @@ __all__ = [
     "Expert",
     "Filtered",
     "Gradient",
+    "Override",
     "Recipe",
     "Setting",
     "build_recipe",
+    "build_recipes",
     "layer_positions",
     "load_recipe",
     "parse_recipe",
+    "read_recipe",
     "resolve",
+    "sweep_outputs",
 ]

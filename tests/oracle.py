@@ -72,6 +72,31 @@ def iso_c(deltas: Sequence[Matrix]) -> Matrix:
     return s.mean() * (u[:, :r] @ vt[:r])
 
 
+def iso_cts(deltas: Sequence[torch.Tensor], common_space: float = 0.8) -> torch.Tensor:
+    """Iso-CTS by SVDs, as published, in the deltas' dtype; null directions of a delta left out."""
+    p, longest = min(deltas[0].shape), max(deltas[0].shape)
+    own = min(round((p - int(p * common_space)) / len(deltas)), p // len(deltas))
+    common = p - own * len(deltas)
+
+    def leading(matrix: torch.Tensor, count: int, floor: float) -> tuple[torch.Tensor, ...]:
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        kept = min(count, int((s > floor).sum()))
+        return u[:, :kept], s[:kept], vt[:kept]
+
+    def floor_of(matrix: torch.Tensor) -> float:
+        largest = float(torch.linalg.matrix_norm(matrix, 2))
+        return longest**0.5 * torch.finfo(torch.float32).eps * largest
+
+    total = torch.stack(list(deltas)).sum(0)
+    spaces = [leading(total, common, floor_of(total))]
+    u = spaces[0][0]
+    spaces += [leading(delta - u @ (u.T @ delta), own, floor_of(delta)) for delta in deltas]
+    us, ss, vts = (torch.cat([space[i] for space in spaces], (1, 0, 0)[i]) for i in range(3))
+    left, _, left_t = torch.linalg.svd(us, full_matrices=False)
+    right, _, right_t = torch.linalg.svd(vts, full_matrices=False)
+    return ss.sum() / p * (left @ left_t) @ (right @ right_t)
+
+
 def error(merged: Matrix, reference: Matrix) -> float:
     """Relative error in the Frobenius norm; absolute where the reference is zero."""
     scale = np.linalg.norm(reference)

@@ -17,7 +17,7 @@ import resm_kernels
 from resm_kernels.checkpoint import journal, writer
 from resm_kernels.checkpoint.journal import JOURNAL, OutputFolder
 from resm_kernels.checkpoint.layout import read_safetensors_header
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import matching, pipeline
 from resm_kernels.errors import OutputError, ResmError
 from tests.checkpoints import contents, save_family
 from tests.faults import Scene, kill_at_call, resume, small_scene, threads
@@ -179,7 +179,7 @@ def test_two_merges_cannot_share_an_output(tmp_path: Path) -> None:
 
 
 STAGES = {
-    "read": (pipeline, "read_tensor"),
+    "read": (matching, "read_tensor"),
     "compute": (pipeline, "merge_planned"),
     "write": (writer.ShardFile, "write"),
     "finish": (writer.ShardFile, "finish"),

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resm_kernels.errors import RecipeError, ResmError
-from resm_kernels.recipe import build_recipe, layer_positions, load_recipe, parse_recipe
+from resm_kernels.recipe import (
+    build_recipe,
+    build_recipes,
+    layer_positions,
+    load_recipe,
+    parse_recipe,
+    parse_yaml,
+    sweep_outputs,
+)
 from tests.hostile.mutate import mutations, odd
 
 GOOD = """
@@ -87,10 +95,17 @@ MISTAKES = {
     "merge_method: linear\nmodels: [{model: a, weight: 1}]": r"models\[0\].weight: unknown key",
     "merge_method: linear\nmodels: [{model: a, parameters: {weight: x}}]": "got 'x', expected a ",
     LINEAR + "parameters: {normalize: 1}": "expected true or f",
-    LINEAR + "lambda: 1": "linear has no such parameter",
+    LINEAR + "outputs: [{name: a}]": "outputs: several outputs",
+    LINEAR + "overrides: [{filter: x, merge_method: tsvm}]": "base_model: missing; tsvm merges",
+    RESM + "overrides: [{merge_method: tsvm}]": r"overrides\[0\].filter: got None",
+    RESM + "overrides: [{filter: a, merge_method: tvsm}]": r"\.merge_method: .*mean 'tsvm'",
+    RESM + "overrides: [{filter: a, parameters: {sgma: 1}}]": "mean 'sigma'",
+    RESM + "overrides: {}": "overrides: expected a list",
+    RESM.replace("{model: a}", "{model: a}, {model: b}")
+    + "overrides: [{filter: norm, merge_method: linear}]": "the base is listed",
     LINEAR + "dtype: bf16": "dtype: got 'bf16'",
     LINEAR + "slices: []": "slices: layer slicing is not supp",
-    LINEAR + "tokenizer_source: union": "only 'base'",
+    LINEAR + "tokenizer_source: 3": "expected base, union or a model",
     RESM + "parameters: {sigma: -1}": ">= 0",
     RESM + "parameters: {sigma: .nan}": "number",
     RESM + "parameters: {sgma: 1}": "mean 'sigma'",
@@ -201,3 +216,96 @@ def test_a_recipe_cut_and_mended_anywhere_gives_our_errors_only(
 def test_any_text_gives_a_recipe_or_a_clear_error(text: bytes | str) -> None:
     with contextlib.suppress(ResmError):
         parse_recipe(text)
+
+
+def test_parameters_of_other_methods_are_ignored_by_name() -> None:
+    """So that a recipe stays valid when one word, its method, changes."""
+    recipe = parse_recipe(LINEAR + "lambda: 1\nparameters: {sigma: 2, normalize: false}")
+    assert recipe.ignored == (
+        "parameters.sigma: linear has no such parameter",
+        "lambda: linear has no such parameter",
+    )
+    assert set(recipe.parameters) == {"normalize"}
+    assert recipe == parse_recipe(LINEAR + "parameters: {normalize: false}")
+
+
+def test_overrides_choose_method_and_parameters_by_tensor() -> None:
+    recipe = parse_recipe(
+        """
+merge_method: resm
+base_model: b
+models:
+  - {model: a, parameters: {weight: 2}}
+  - {model: c}
+parameters: {sigma: 5, lambda: 0.5}
+overrides:
+  - {filter: mlp, merge_method: tsvm, parameters: {weight: 3, lambda: [0, 1]}}
+  - {filter: up_proj, merge_method: linear}
+  - {filter: attn, parameters: {sigma: 7}}
+"""
+    )
+    assert recipe.method_for("mlp.up_proj").name == "tsvm"
+    assert recipe.method_for("x.up_proj").name == "linear"
+    assert recipe.method_for("norm").name == "resm"
+    assert recipe.weights("mlp.up_proj", 0.0) == (3.0, 3.0)
+    assert recipe.weights("norm", 0.0) == (2.0, 1.0)
+    assert recipe.options("mlp.up_proj", 1.0).lambda_ == 1.0
+    assert recipe.options("attn", 0.0).sigma == 7.0
+    assert recipe.options("norm", 0.0).sigma == 5.0
+    assert recipe == build_recipe(recipe.to_dict(), "again")
+
+
+OUTPUTS = RESM + "parameters: {lambda: 2, sigma: 4}\n"
+
+
+def test_outputs_say_what_differs() -> None:
+    text = (
+        OUTPUTS
+        + """
+outputs:
+  - {name: mild, lambda: 0.5}
+  - {name: other, parameters: {lambda: 1, outlier_power: 0}}
+  - {name: plain, merge_method: task_arithmetic}
+"""
+    )
+    recipes = build_recipes(parse_yaml(text, "r"), "r")
+    assert list(recipes) == ["mild", "other", "plain"]
+    assert recipes["mild"].parameters == {"lambda": 0.5, "sigma": 4.0}
+    assert recipes["other"].parameters == {"lambda": 1.0, "sigma": 4.0, "outlier_power": 0.0}
+    assert recipes["plain"].method == "task_arithmetic"
+    assert recipes["plain"].parameters == {"lambda": 2.0}
+    assert list(build_recipes(parse_yaml(OUTPUTS, "r"), "r")) == [""]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("{}", "outputs: expected a list"),
+        ("[]", "outputs: expected a list"),
+        ("[a]", r"outputs\[0\]: got 'a'"),
+        ("[{lambda: 1}]", r"outputs\[0\].name: got None"),
+        ("[{name: ../up}]", "expected a folder's name"),
+        ("[{name: a}, {name: A}]", "'A' stands twice"),
+        ("[{name: a, lamda: 1}]", "mean 'lambda'"),
+        ("[{name: a, merge_method: tvsm}]", r"outputs\[0\]: merge_method: .*tsvm"),
+        ("[{name: a, parameters: 3}]", r"outputs\[0\]: parameters: got 3"),
+        ("[{name: a, models: []}]", r"outputs\[0\].models: unknown key"),
+    ],
+)
+def test_mistakes_in_outputs(entries: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build_recipes(parse_yaml(f"{OUTPUTS}outputs: {entries}", "r"), "r")
+
+
+def test_a_sweep_names_its_outputs() -> None:
+    content = parse_yaml(RESM, "r")
+    assert [o["name"] for o in sweep_outputs(content, [], [0.5, 1])["outputs"]] == [
+        "lambda-0.5",
+        "lambda-1",
+    ]
+    made = build_recipes(sweep_outputs(content, ["tsvm", "linear"], [0.5, 1]), "r")
+    assert {name: recipe.method for name, recipe in made.items()} == {
+        "tsvm-lambda-0.5": "tsvm",
+        "tsvm-lambda-1": "tsvm",
+        "linear": "linear",
+    }

@@ -86,6 +86,22 @@ def test_iso_c_meets_the_contract(shape: tuple[int, int], count: int, kind: str)
     assert oracle.error(merged_delta(found, "iso_c"), expected) <= CONTRACT
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (160, 64), (64, 160), (7, 5)])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("kind", ["noise", "power", "exponential", "lora"])
+@pytest.mark.parametrize("common", [0.0, 0.8, 1.0])
+def test_iso_cts_beats_twice_its_float32_textbook(
+    shape: tuple[int, int], count: int, kind: str, common: float
+) -> None:
+    if min(shape) < count:
+        return
+    found = [torch.from_numpy(d) for d in deltas(kind, *shape, count)]
+    expected = oracle.iso_cts([d.double() for d in found], common).numpy()
+    textbook = oracle.error(oracle.iso_cts(found, common).numpy(), expected)
+    mine = merged_delta([d.numpy() for d in found], "iso_cts", common_space=common)
+    assert oracle.error(mine, expected) <= max(2 * textbook, CONTRACT)
+
+
 @pytest.mark.parametrize("shape", [(96, 96), (160, 64), (64, 160)])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -140,7 +156,7 @@ def test_rank_by_energy_keeps_the_share_asked_for() -> None:
     assert squares[:kept].sum() >= 0.6 * squares.sum() > squares[: kept - 1].sum()
 
 
-@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c"])
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "iso_cts"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
 def test_scale_does_not_matter(method: str, scale: float) -> None:
     found = deltas("noise", 32, 24, 3)
@@ -149,7 +165,7 @@ def test_scale_does_not_matter(method: str, scale: float) -> None:
     assert oracle.error(other.astype(np.float64) / scale, one.astype(np.float64)) <= CONTRACT
 
 
-@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c"])
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "iso_cts"])
 def test_zero_deltas_leave_the_base_as_it_is(method: str) -> None:
     base = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
     assert torch.equal(merge_tensors(base, [base, base.clone()], method), base)
@@ -295,13 +311,15 @@ def test_inputs_are_not_changed_and_not_shared() -> None:
     base = torch.randn(8, 6)
     experts = [torch.randn(8, 6), torch.randn(8, 6)]
     before = [t.clone() for t in (base, *experts)]
-    for method in ("resm", "tsvm", "iso_c", "linear", "task_arithmetic"):
+    for method in ("resm", "tsvm", "iso_c", "iso_cts", "linear", "task_arithmetic"):
         merged = merge_tensors(base, experts, method)
         merged.zero_()
         assert all(torch.equal(a, b) for a, b in zip(before, (base, *experts), strict=True))
 
 
-@pytest.mark.parametrize("method", ["resm", "tsvm", "iso_c", "linear", "task_arithmetic"])
+@pytest.mark.parametrize(
+    "method", ["resm", "tsvm", "iso_c", "iso_cts", "linear", "task_arithmetic"]
+)
 def test_strided_views_give_the_same_bytes_as_contiguous_ones(method: str) -> None:
     base, a, b = (torch.randn(33, 44, generator=torch.Generator().manual_seed(i)) for i in range(3))
     views = [torch.stack([t, t], dim=2)[:, :, 0] for t in (base, a, b)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from resm_kernels.checkpoint.files import open_regular
 from resm_kernels.checkpoint.layout import Checkpoint
 from resm_kernels.errors import CheckpointError
 
-NAMES = (
-    "generation_config.json",
+TOKENIZER_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -25,13 +25,16 @@ NAMES = (
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
     "chat_template.json",
     "chat_template.jinja",
 )
-PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
+TOKENIZER_PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
+OTHER_NAMES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 MAX_BYTES = 256 << 20
 
 
@@ -50,16 +53,34 @@ def companion_files(base: Checkpoint, out_dtype: str | None) -> dict[str, bytes]
                 config["dtype"] = out_dtype
             raw = (json.dumps(config, indent=2) + "\n").encode()
         files["config.json"] = raw
-    patterns = [*PATTERNS, *(["*.py"] if "auto_map" in base.config else [])]
-    found = [base.folder / name for name in NAMES]
+    code = ("*.py",) if "auto_map" in base.config else ()
+    others = {path.name: _read(path) for path in _present(base.folder, OTHER_NAMES, code)}
+    return files | others | tokenizer_files(base)
+
+
+def tokenizer_paths(checkpoint: Checkpoint) -> list[Path]:
+    """A model's tokenizer files, chat templates included."""
+    return _present(checkpoint.folder, TOKENIZER_NAMES, TOKENIZER_PATTERNS)
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Contents of a model's tokenizer files; names are relative to its folder."""
+    paths = tokenizer_paths(checkpoint)
+    return {path.relative_to(checkpoint.folder).as_posix(): _read(path) for path in paths}
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a companion file belongs to the tokenizer."""
+    return name in TOKENIZER_NAMES or any(fnmatchcase(name, p) for p in TOKENIZER_PATTERNS)
+
+
+def _present(folder: Path, names: Sequence[str], patterns: Sequence[str]) -> list[Path]:
+    found = [folder / name for name in names]
     try:
-        found += [path for pattern in patterns for path in sorted(base.folder.glob(pattern))]
-        found = [path for path in found if _is_there(path)]
+        found += [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        return [path for path in found if _is_there(path)]
     except OSError as error:
-        raise CheckpointError(f"{base.folder}: cannot be read: {error.strerror}") from error
-    for path in found:
-        files[path.relative_to(base.folder).as_posix()] = _read(path)
-    return files
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def _is_there(path: Path) -> bool:

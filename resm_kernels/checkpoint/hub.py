@@ -16,6 +16,8 @@ WEIGHTS = (
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
 """What is fetched, in order of preference, until something is there."""
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What a LoRA adapter holds; fetched where there is no whole model, or an adapter is asked for."""
 COMPANIONS = (
     "*.json",
     "*.jinja",
@@ -29,7 +31,7 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class ModelReference:
-    """`path_or_repo[@revision]`, as recipes write it."""
+    """`path_or_repo[@revision]`, as recipes write it; an expert may be `base+adapter`."""
 
     text: str
 
@@ -53,6 +55,24 @@ class ModelReference:
         )
 
     @property
+    def with_adapter(self) -> tuple[ModelReference, ModelReference] | None:
+        """(base, adapter) where the text is `base+adapter`, else None.
+
+        A path that exists is never split. Of several plus signs the one counts that leaves an
+        existing path or a Hub id on either side, if there is one only.
+        """
+        if "+" not in self.text or self.exists():
+            return None
+        splits = [
+            (ModelReference(self.text[:i].strip()), ModelReference(self.text[i + 1 :].strip()))
+            for i, letter in enumerate(self.text)
+            if letter == "+"
+        ]
+        if len(splits) > 1:
+            splits = [s for s in splits if all(part.exists() or part.repo for part in s)]
+        return splits[0] if len(splits) == 1 and all(part.text for part in splits[0]) else None
+
+    @property
     def repo(self) -> tuple[str, str | None] | None:
         """The reference read as (repository id, revision), or None where it cannot be one."""
         name, _, revision = self.text.partition("@")
@@ -62,12 +82,13 @@ class ModelReference:
         return self.text
 
 
-def locate(reference: ModelReference) -> Path:
-    """Return the local folder (or single weight file) of a model.
+def locate(reference: ModelReference, *, adapter: bool = False) -> Path:
+    """Return the local folder (or single weight file) of a model or of a LoRA adapter.
 
     A path that exists is taken as it is; anything else of the form `org/name[@revision]` is
     fetched through `huggingface_hub` (its cache, token and offline mode hold), weights and
-    configuration only, code never run.
+    configuration only, code never run. Of a repository that holds both a whole model and an
+    adapter, the adapter comes only where `adapter` asks for it.
 
     Raises
     ------
@@ -76,9 +97,10 @@ def locate(reference: ModelReference) -> Path:
     """
     if reference.exists():
         return reference.path
-    if "+" in reference.text:
+    if reference.with_adapter:
         raise CheckpointError(
-            f"{reference}: LoRA adapters as experts are not supported yet",
+            f"{reference}: no such path, and LoRA adapters (base+adapter) cannot stand here",
+            expected="a whole model",
             fix="merge the adapter into its base model and name that folder",
         )
     if reference.repo is None:
@@ -86,29 +108,33 @@ def locate(reference: ModelReference) -> Path:
             f"{reference}: no such file or folder",
             expected="a checkpoint folder, a .safetensors file, or a Hub id org/name[@revision]",
         )
-    return _download(*reference.repo)
+    return _download(*reference.repo, adapter)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, adapter: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    def fetch(weights: tuple[str, ...]) -> Path:
-        return Path(
+    def fetch(weights: tuple[str, ...]) -> tuple[Path, bool]:
+        """The folder, and whether weights of this kind are there."""
+        left_out = [] if weights[0] in ADAPTER_WEIGHTS else list(ADAPTER_WEIGHTS)
+        folder = Path(
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
                 allow_patterns=[*weights, *COMPANIONS],
-                ignore_patterns=["*/*"],
+                ignore_patterns=["*/*", *left_out],
             )
         )
+        names = {found.name for pattern in weights for found in folder.glob(pattern)}
+        return folder, bool(names.difference(left_out))
 
     where = repo if revision is None else f"{repo}@{revision}"
     fix = "check the spelling; a local checkpoint is named by its path"
     try:
-        for weights in WEIGHTS:
-            folder = fetch(weights)
-            if any(found for pattern in weights for found in folder.glob(pattern)):
+        for weights in (*(() if adapter else WEIGHTS), *((name,) for name in ADAPTER_WEIGHTS)):
+            folder, there = fetch(weights)
+            if there:
                 break
         return folder
     except errors.GatedRepoError as error:

@@ -48,13 +48,18 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_output(output: Path, inputs: Iterable[Path], *, resume: bool) -> None:
-    """Refuse an output folder that exists, lies in an input, or holds unfinished work."""
+def check_output(
+    output: Path, inputs: Iterable[Path], *, resume: bool, several: bool = False
+) -> None:
+    """Refuse an output folder that exists, lies in an input, or holds unfinished work.
+
+    `several`: a folder of outputs, which may hold some of them.
+    """
     with writing(output):
-        _check_output(output, inputs, resume)
+        _check_output(output, inputs, resume, several)
 
 
-def _check_output(output: Path, inputs: Iterable[Path], resume: bool) -> None:
+def _check_output(output: Path, inputs: Iterable[Path], resume: bool, several: bool) -> None:
     target = Path(os.path.realpath(output))
     for folder in inputs:
         source = Path(os.path.realpath(folder))
@@ -67,7 +72,7 @@ def _check_output(output: Path, inputs: Iterable[Path], resume: bool) -> None:
         raise OutputError(f"{output}: the output is the current folder", fix="choose another name")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output}: exists and is not a folder", fix="choose another name")
-    if output.exists() and any(output.iterdir()):
+    if not several and output.exists() and any(output.iterdir()):
         raise OutputError(
             f"{output}: exists and is not empty", fix="choose another name, or move it away"
         )

@@ -110,10 +110,13 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """SHA-256 over the header digests and stamps of all files: the inputs' identity."""
-        parts = [
-            f"{f.path.name} {f.header_digest} {f.stamp.size} {f.stamp.mtime_ns}" for f in self.files
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return files_digest(self.files)
+
+
+def files_digest(files: Iterable[WeightFile]) -> str:
+    """SHA-256 over the header digests and stamps of files."""
+    parts = [f"{f.path.name} {f.header_digest} {f.stamp.size} {f.stamp.mtime_ns}" for f in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def read_safetensors_header(path: Path) -> WeightFile:
@@ -223,8 +226,8 @@ def is_shape(values: Sequence[Any]) -> bool:
     return few and math.prod(size or 1 for size in values) < 1 << 63
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file strictly: no repeated keys, no NaN, bounded size and depth."""
+def read_json(path: Path, most: int = MAX_VALUES) -> Any:
+    """Read a JSON file strictly: no repeated keys, no NaN, bounded size, depth and values."""
     try:
         with open_regular(path) as file:
             raw = file.read(MAX_JSON + 1)
@@ -232,14 +235,14 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if len(raw) > MAX_JSON:
         raise _bad(path, "too long for a JSON file", expected=f"at most {MAX_JSON} bytes")
-    return parse_json(raw, path)
+    return parse_json(raw, path, most)
 
 
-def parse_json(raw: bytes, path: Path) -> Any:
+def parse_json(raw: bytes, path: Path, most: int = MAX_VALUES) -> Any:
     """Parse JSON strictly; CheckpointError names the file."""
     # Each value follows a comma or a bracket; counted first, since each takes up to 250 bytes.
-    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise _bad(path, f"invalid JSON: more than {MAX_VALUES:,} values")
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > most:
+        raise _bad(path, f"invalid JSON: more than {most:,} values")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from resm_kernels.checkpoint.files import PIECE, open_regular
-from resm_kernels.checkpoint.hub import ModelReference, locate
+from resm_kernels.checkpoint.hub import ADAPTER_WEIGHTS, ModelReference, locate
 from resm_kernels.checkpoint.layout import (
     INDEX_SUFFIX,
     Checkpoint,
@@ -22,6 +22,22 @@ from resm_kernels.checkpoint.layout import (
 )
 from resm_kernels.checkpoint.torch_file import read_torch_header
 from resm_kernels.errors import CheckpointError
+
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_FILES = (
+    "model.safetensors",
+    f"model.safetensors{INDEX_SUFFIX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX_SUFFIX}",
+)
+"""Names that whole models have."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and no whole model beside it."""
+    names = (ADAPTER_CONFIG, *MODEL_FILES)
+    adapter, *whole = ((folder / name).exists() for name in names)
+    return adapter and not any(whole)
 
 
 def open_checkpoint(reference: ModelReference) -> Checkpoint:
@@ -54,10 +70,10 @@ def _open(reference: ModelReference, entry: Path, single_file: bool) -> Checkpoi
                 got=f"no {', '.join(absent[:3])}",
                 fix="fetch the missing shards",
             )
-        files = [_read_file(folder / name) for name in listed]
+        files = [read_header(folder / name) for name in listed]
         check_index(entry, listed, files)
     else:
-        files = [_read_file(entry)]
+        files = [read_header(entry)]
 
     config_path = folder / "config.json"
     config = read_json(config_path) if config_path.exists() else {}
@@ -71,22 +87,24 @@ def _open(reference: ModelReference, entry: Path, single_file: bool) -> Checkpoi
 
 
 def _entry_file(folder: Path) -> Path:
-    singles = sorted(set(folder.glob("*.safetensors")) - set(folder.glob("adapter_model*")))
+    if is_adapter(folder):
+        raise CheckpointError(
+            f"{folder}: a LoRA adapter, not a whole model",
+            fix="merge the adapter into its base model and name that folder",
+        )
+    singles = sorted(
+        set(folder.glob("*.safetensors")) - {folder / name for name in ADAPTER_WEIGHTS}
+    )
     indexes = sorted(folder.glob(f"*.safetensors{INDEX_SUFFIX}"))
-    for name in ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}"):
+    for name in MODEL_FILES[:2]:
         if (folder / name).exists():
             return folder / name
     for found in (indexes, singles):
         if len(found) == 1:
             return found[0]
-    for name in ("pytorch_model.bin", f"pytorch_model.bin{INDEX_SUFFIX}"):
+    for name in MODEL_FILES[2:]:
         if (folder / name).exists():
             return folder / name
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder}: a LoRA adapter; adapters as experts are not supported yet",
-            fix="merge the adapter into its base model and name that folder",
-        )
     if singles:
         raise CheckpointError(
             f"{folder}: {len(singles)} safetensors files and no index",
@@ -98,7 +116,8 @@ def _entry_file(folder: Path) -> Path:
     )
 
 
-def _read_file(path: Path) -> WeightFile:
+def read_header(path: Path) -> WeightFile:
+    """Read a weight file's header by the format that its name says."""
     if path.suffix == ".safetensors":
         return read_safetensors_header(path)
     return read_torch_header(path)

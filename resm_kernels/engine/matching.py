@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
-from resm_kernels.checkpoint.reader import same_data
+from resm_kernels.checkpoint.lora import Adapter, LoraPair, read_factors
+from resm_kernels.checkpoint.reader import read_tensor, same_data
+from resm_kernels.checkpoint.tokens import vocabulary_tables
+from resm_kernels.checkpoint.vocabulary import Alignment
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.errors import PlanError
+from resm_kernels.linalg import FactoredDelta
 from resm_kernels.methods import matches
 
 TABLES = ("*embed*", "*lm_head*", "*wte*", "*shared.weight", "*output.weight")
 """Names of input and output embeddings, which a config may tie."""
+
+
+Key = tuple[str, str]
+"""What tells inputs apart: the file, and the tensor in it."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +34,97 @@ class Source:
     file: WeightFile
     info: TensorInfo
 
+    @property
+    def key(self) -> Key:
+        """What tells it from other inputs."""
+        return str(self.info.file), self.info.name
+
+    @property
+    def where(self) -> str:
+        """The file and the tensor, for messages."""
+        return f"{self.info.file}: tensor {self.info.name!r}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return self.info.nbytes
+
+    @property
+    def wide(self) -> bool:
+        """Whether it holds float64."""
+        return self.info.dtype.name == "F64"
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        return read_tensor(self.file, self.info)
+
+
+@dataclass(frozen=True)
+class FactorSource:
+    """The change that an adapter makes to one weight, as its two factors."""
+
+    adapter: Adapter
+    pair: LoraPair
+
+    @property
+    def key(self) -> Key:
+        """What tells it from other inputs."""
+        return str(self.pair.a.file), self.pair.a.name
+
+    @property
+    def where(self) -> str:
+        """The file and the tensors, for messages."""
+        return f"{self.pair.a.file}: tensors {self.pair.a.name!r} and {self.pair.b.name!r}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return self.pair.a.nbytes + self.pair.b.nbytes
+
+    @property
+    def wide(self) -> bool:
+        """Whether it holds float64."""
+        return "F64" in (self.pair.a.dtype.name, self.pair.b.dtype.name)
+
+    def read(self) -> FactoredDelta:
+        """The factors, in memory of their own."""
+        return FactoredDelta(*read_factors(self.adapter, self.pair))
+
+
+Decision = tuple[str | None, tuple[Source | FactorSource, ...]]
+"""Why a tensor of the base is copied, or what of the experts is merged with it."""
+
 
 class Matching:
-    """Matches tensors across checkpoints; every misfit is collected and reported together."""
+    """Matches tensors across checkpoints; every misfit is collected and reported together.
+
+    Parameters
+    ----------
+    alignment : Alignment or None
+        How vocabulary tables are brought together, where they are not alike as they stand.
+
+    Attributes
+    ----------
+    tables : frozenset of str
+        The base's tensors that the alignment changes.
+    """
 
     def __init__(
-        self, base: Checkpoint, experts: Sequence[Checkpoint], options: EngineOptions
+        self,
+        base: Checkpoint,
+        experts: Sequence[Checkpoint | Adapter],
+        options: EngineOptions,
+        alignment: Alignment | None = None,
     ) -> None:
         self.base = base
         self.experts = experts
         self.options = options
+        self.alignment = alignment
+        self.tables = frozenset(vocabulary_tables(base) if alignment is not None else ())
         self.left_out: dict[str, str] = {}
-        self._home = {
-            id(c): {name: f for f in c.files for name in f.tensors} for c in (base, *experts)
-        }
-        self._ties = {id(c): self._tied_groups(c) for c in (base, *experts)}
+        whole = [base, *(expert for expert in experts if isinstance(expert, Checkpoint))]
+        self._home = {id(c): {name: f for f in c.files for name in f.tensors} for c in whole}
+        self._ties = {id(c): self._tied_groups(c) for c in whole}
         self._misfits: list[str] = []
 
     def canonical(self, name: str) -> str:
@@ -49,11 +136,13 @@ class Matching:
         """An input tensor with its file."""
         return Source(self._home[id(checkpoint)][name], checkpoint.tensors[name])
 
-    def decide(self) -> dict[str, tuple[str | None, tuple[Source, ...]]]:
+    @functools.cached_property
+    def decisions(self) -> dict[str, Decision]:
         """For every output tensor: why it is copied, or the experts' tensors to merge."""
         decisions = {name: self._decide_one(name, info) for name, info in self.base.tensors.items()}
         for expert in self.experts:
-            self._judge_extra(expert)
+            if isinstance(expert, Checkpoint):
+                self._judge_extra(expert)
         if not self.base.tensors:
             self._misfits.append(f"{self.base.reference}: the base holds no tensors")
         if self._misfits:
@@ -65,7 +154,7 @@ class Matching:
             )
         return decisions
 
-    def _decide_one(self, name: str, info: TensorInfo) -> tuple[str | None, tuple[Source, ...]]:
+    def _decide_one(self, name: str, info: TensorInfo) -> Decision:
         if info.dtype.opaque:
             self._misfits.append(
                 f"{name}: {info.dtype.name} weights of {self.base.reference} cannot be merged; "
@@ -74,31 +163,64 @@ class Matching:
             return None, ()
         if not info.dtype.mergeable:
             return f"{info.dtype.name} tensor of the base", ()
-        sources, absent = [], []
+        sources: list[Source | FactorSource] = []
+        absent = []
         for expert in self.experts:
-            source = self._find(expert, name)
-            if source is None:
+            if isinstance(expert, Adapter):
+                sources.append(self._of_adapter(expert, name))
+                self._check_unaligned(expert, sources[-1], name)
+            elif (source := self._find(expert, name)) is None:
                 absent.append(expert.reference)
-                continue
-            if source.info.shape != info.shape:
-                self._misfits.append(
-                    f"{name}: shape {list(source.info.shape)} in {expert.reference}, "
-                    f"{list(info.shape)} in the base"
-                )
-            elif not source.info.dtype.mergeable:
-                self._misfits.append(
-                    f"{name}: {source.info.dtype.name} in {expert.reference}, "
-                    f"{info.dtype.name} in the base"
-                )
-            sources.append(source)
-            self._check_still_tied(expert, name)
+            else:
+                self._check_alike(expert, source, info)
+                self._check_still_tied(expert, name)
+                sources.append(source)
+        aligned = name in self.tables
+        own = self.source(self.base, name).key
+        if not absent and not aligned and all(source.key == own for source in sources):
+            return "changed by no adapter", ()
         if not absent:
             return None, tuple(sources)
-        if not self.options.allow_missing:
+        if aligned:
+            self._misfits.append(
+                f"{name}: missing from {', '.join(absent)}; a vocabulary table that "
+                "tokenizer_source changes must be in every model"
+            )
+        elif not self.options.allow_missing:
             self._misfits.append(
                 f"{name}: missing from {', '.join(absent)} (--allow-missing copies the base's)"
             )
         return f"missing from {', '.join(absent)}", ()
+
+    def _of_adapter(self, adapter: Adapter, name: str) -> Source | FactorSource:
+        """What an adapter makes of a tensor or of one it is tied to: else it is the base's."""
+        for candidate in (name, *self._ties[id(self.base)].get(name, ())):
+            if candidate in adapter.pairs:
+                return FactorSource(adapter, adapter.pairs[candidate])
+            if candidate in adapter.full:
+                return Source(adapter.files[0], adapter.full[candidate])
+        return self.source(self.base, name)
+
+    def _check_unaligned(self, adapter: Adapter, source: Source | FactorSource, name: str) -> None:
+        if name in self.tables and source.key != self.source(self.base, name).key:
+            self._misfits.append(
+                f"{name}: changed by the adapter {adapter.reference}, and tokenizer_source changes "
+                "its rows: merge the adapter into its base and name that folder"
+            )
+
+    def _check_alike(self, expert: Checkpoint, source: Source, info: TensorInfo) -> None:
+        first = 1 if info.name in self.tables else 0  # rows are aligned
+        ranks = len(source.info.shape), len(info.shape)
+        if source.info.shape[first:] != info.shape[first:] or ranks[0] != ranks[1]:
+            self._misfits.append(
+                f"{info.name}: shape {list(source.info.shape)} in {expert.reference}, "
+                f"{list(info.shape)} in the base"
+            )
+        elif not source.info.dtype.mergeable:
+            self._misfits.append(
+                f"{info.name}: {source.info.dtype.name} in {expert.reference}, "
+                f"{info.dtype.name} in the base"
+            )
 
     def _find(self, checkpoint: Checkpoint, name: str) -> Source | None:
         """A tensor by its name, or by one it is tied to, here or in the base."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import torch
 
 from resm_kernels import __version__
 from resm_kernels.checkpoint.companions import companion_files
-from resm_kernels.checkpoint.files import seal, unseal
+from resm_kernels.checkpoint.files import seal, sync_folder, unseal, writing
 from resm_kernels.checkpoint.journal import (
     JOURNAL,
     MANIFEST,
@@ -26,14 +27,24 @@ from resm_kernels.checkpoint.journal import (
     check_output,
 )
 from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
-from resm_kernels.checkpoint.reader import check_stamp, read_tensor
+from resm_kernels.checkpoint.reader import check_stamp
+from resm_kernels.checkpoint.vocabulary import output_files
 from resm_kernels.checkpoint.writer import ShardFile
+from resm_kernels.engine.matching import Key
 from resm_kernels.engine.memory import MemoryWatch
-from resm_kernels.engine.plan import PREFETCH, MergePlan, PlannedTensor, check_disk
+from resm_kernels.engine.merging import Loaded, merge_planned
+from resm_kernels.engine.plan import (
+    PREFETCH,
+    MergePlan,
+    PlannedTensor,
+    Step,
+    check_disk,
+    plan_steps,
+    predicted_peak,
+)
 from resm_kernels.engine.result import MergeReport, TensorResult
-from resm_kernels.errors import NonFiniteError, OutputError, ResmError, VerificationError
-from resm_kernels.methods import METHODS, Inputs, Merged, merge_weight
-from resm_kernels.ops.dtypes import is_finite
+from resm_kernels.errors import OutputError, ResmError, VerificationError
+from resm_kernels.linalg import FactoredDelta
 
 LOG = logging.getLogger(__name__)
 
@@ -89,13 +100,16 @@ class Ledger:
             self._change.notify_all()
 
 
+ExtraFiles = Callable[[MergeReport], Mapping[str, bytes]]
+
+
 def run_plan(
     plan: MergePlan,
     output: Path,
     *,
     resume: bool = False,
     progress: Progress | None = None,
-    extra_files: Callable[[MergeReport], Mapping[str, bytes]] | None = None,
+    extra_files: ExtraFiles | None = None,
 ) -> MergeReport:
     """Carry out a plan: afterwards `output` is complete, or it does not exist.
 
@@ -115,30 +129,125 @@ def run_plan(
     """
     output = absolute(output)
     check_output(output, plan.input_folders, resume=resume)
-    check_disk(plan, output, kept=[layout.name for layout in plan.layouts] if resume else ())
-    started = time.perf_counter()
-    report = _empty_report(plan, output)
-    folder = OutputFolder(output, plan.plan_id)
+    check_disk([plan], output, kept=[layout.name for layout in plan.layouts] if resume else ())
+    (report,) = _run_together([(plan, output)], progress, extra_files)
+    return report
+
+
+def run_plans(
+    plans: Mapping[str, MergePlan],
+    output: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    extra_files: ExtraFiles | None = None,
+) -> dict[str, MergeReport]:
+    """Carry out several plans of the same inputs in one pass over them.
+
+    Parameters
+    ----------
+    plans : mapping
+        By the name of their folder in `output`; each is built, finished and resumed as by
+        `run_plan`, to the same bytes.
+    output, resume, progress, extra_files
+        As for `run_plan`; finished folders in `output` are checked and kept when resuming.
+    """
+    output = absolute(output)
+    folders = [folder for plan in plans.values() for folder in plan.input_folders]
+    check_output(output, folders, resume=True, several=resume)
+    reports: dict[str, MergeReport] = {}
+    pending: list[tuple[str, MergePlan]] = []
+    for name, plan in plans.items():
+        earlier = _finished(plan, output / name) if resume else None
+        if earlier is None:
+            pending.append((name, plan))
+        else:
+            reports[name] = earlier
+    kept = {layout.name for _, plan in pending for layout in plan.layouts} if resume else ()
+    check_disk([plan for _, plan in pending], output, kept=kept)
+    with writing(output):
+        output.mkdir(exist_ok=True)
+        sync_folder(output.parent)
     try:
-        check_output(output, plan.input_folders, resume=True)  # again, now that nobody else may
-        if folder.finished and (earlier := _complete_report(folder)) is not None:
-            folder.finish({})
-            LOG.info("%s was complete but for its name", output)
-            return earlier
-        folder.verify_kept(plan.layouts)
-        check_disk(plan, output, kept=folder.kept)
-        companions = companion_files(plan.base, plan.recipe.out_dtype)
+        for name, plan in pending:
+            check_output(output / name, plan.input_folders, resume=resume)
+        found = _run_together(
+            [(plan, output / name) for name, plan in pending], progress, extra_files
+        )
+    except BaseException:
+        with contextlib.suppress(OSError):
+            output.rmdir()
+        raise
+    reports.update((name, report) for (name, _), report in zip(pending, found, strict=True))
+    return {name: reports[name] for name in plans}
+
+
+def _finished(plan: MergePlan, folder: Path) -> MergeReport | None:
+    """The report of an output that an earlier run of the same plan finished."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    found = verify_folder(folder)
+    if found.plan_id != plan.plan_id:
+        raise OutputError(
+            f"{folder}: holds the merge of another plan",
+            got=f"plan {found.plan_id[:12]}",
+            expected=f"plan {plan.plan_id[:12]}",
+            fix="choose another output, or move that folder away",
+        )
+    return MergeReport.from_dict(unseal(folder / REPORT))
+
+
+class _Target:
+    """One output of a run: its plan, its folder and what is known of its tensors."""
+
+    def __init__(self, plan: MergePlan, output: Path) -> None:
+        self.plan = plan
+        self.report = _empty_report(plan, output)
+        self.folder = OutputFolder(output, plan.plan_id)
+        self.shards: dict[int, ShardFile] = {}
+        self.results: dict[str, TensorResult] = {}
+        self.companions: dict[str, bytes] = {}
+        self.complete = False
+
+    def prepare(self) -> None:
+        """Judge what an earlier run left, now that nobody else may write there."""
+        check_output(self.folder.output, self.plan.input_folders, resume=True)
+        if self.folder.finished and (earlier := _complete_report(self.folder)) is not None:
+            self.folder.finish({})
+            LOG.info("%s was complete but for its name", self.folder.output)
+            self.report, self.complete = earlier, True
+            return
+        self.folder.verify_kept(self.plan.layouts)
+        check_disk([self.plan], self.folder.output, kept=self.folder.kept)
+        companions = companion_files(self.plan.base, self.plan.recipe.out_dtype)
+        alignment = self.plan.alignment
+        self.companions = output_files(companions, alignment) if alignment else companions
+
+    def lacks(self, tensor: PlannedTensor) -> bool:
+        """Whether the tensor's shard is not finished yet."""
+        return self.plan.layouts[tensor.shard].name not in self.folder.kept
+
+    def collect(self) -> None:
+        """Take over the results of kept shards, and put all in order."""
+        for shard, entry in self.folder.kept.items():
+            for name, content in entry["results"].items():
+                if name not in self.results:
+                    self.results[name] = self._kept_result(shard, content)
+        self.report.tensors = {t.name: self.results[t.name] for t in self.plan.tensors}
+
+    def _kept_result(self, shard: str, content: Mapping[str, Any]) -> TensorResult:
         try:
-            watch = MemoryWatch(limit=plan.peak_memory)
-        except RuntimeError as error:
-            raise ResmError(f"the merge cannot start: {error}") from error
-        try:
-            _Run(plan, folder, report, progress).run()
-        finally:
-            report.peak_memory = watch.stop()
-        _check_inputs_unchanged(plan)
-        report.seconds = time.perf_counter() - started
-        files = dict(companions)
+            return TensorResult.from_dict(content)
+        except VerificationError as error:
+            raise OutputError(
+                f"{self.folder.path / JOURNAL}: shard {shard!r}: {error}",
+                fix=f"remove {self.folder.path / shard} to have it merged again, then resume",
+            ) from error
+
+    def finish(self, extra_files: ExtraFiles | None) -> None:
+        """Write the small files and give the folder its name."""
+        plan, report = self.plan, self.report
+        files = dict(self.companions)
         files.update(index_file(plan.layouts))
         files.update(extra_files(report) if extra_files else {})
         sealed = seal(report.to_dict())
@@ -147,35 +256,88 @@ def run_plan(
             recipe=plan.recipe.to_dict(),
             inputs=[(c.reference, c.digest) for c in (plan.base, *plan.experts)],
             layouts=plan.layouts,
-            shards=folder.kept,
+            shards=self.folder.kept,
             facts={name: result.facts() for name, result in report.tensors.items()},
             files=files,
         )
-        folder.finish({REPORT: sealed, **files})
-        return report
+        self.folder.finish({REPORT: sealed, **files})
+
+
+def _run_together(
+    jobs: Sequence[tuple[MergePlan, Path]],
+    progress: Progress | None,
+    extra_files: ExtraFiles | None,
+) -> list[MergeReport]:
+    started = time.perf_counter()
+    targets: list[_Target] = []
+    try:
+        for plan, output in jobs:
+            targets.append(_Target(plan, output))
+        for target in targets:
+            target.prepare()
+        open_targets = [target for target in targets if not target.complete]
+        if open_targets:
+            steps = plan_steps([target.plan for target in open_targets])
+            peak = predicted_peak(steps, open_targets[0].plan)
+            try:
+                watch = MemoryWatch(limit=peak)
+            except RuntimeError as error:
+                raise ResmError(f"the merge cannot start: {error}") from error
+            held = 0
+            try:
+                _Run(open_targets, steps, progress).run()
+            finally:
+                held = watch.stop()
+            for target in open_targets:
+                _check_inputs_unchanged(target.plan)
+                target.report.peak_memory, target.report.predicted_memory = held, peak
+                target.report.seconds = time.perf_counter() - started
+                target.finish(extra_files)
+        return [target.report for target in targets]
     except BaseException:
-        if not folder.discard_if_empty():
-            LOG.warning(
-                "%d finished shards stay in %s: resume to go on", len(folder.kept), folder.path
-            )
+        for target in targets:
+            if not target.complete and not target.folder.discard_if_empty():
+                LOG.warning(
+                    "%d finished shards stay in %s: resume to go on",
+                    len(target.folder.kept),
+                    target.folder.path,
+                )
         raise
     finally:
-        folder.close()
+        for target in targets:
+            target.folder.close()
+
+
+class _Task:
+    """One step on its way: the targets that need it, and how many are still to be written."""
+
+    def __init__(self, step: Step, targets: Sequence[_Target]) -> None:
+        self.parts = [
+            (target, tensor)
+            for target, tensor in zip(targets, step.tensors, strict=True)
+            if target.lacks(tensor)
+        ]
+        self.step = Step(tuple(tensor for _, tensor in self.parts))
+        self.left = len(self.parts)
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.parts[0][1].name
 
 
 class _Run:
-    """One execution of a plan; threads come and go with `run`."""
+    """One pass over the inputs for all targets; threads come and go with `run`."""
 
     def __init__(
-        self, plan: MergePlan, folder: OutputFolder, report: MergeReport, progress: Progress | None
+        self, targets: Sequence[_Target], steps: Sequence[Step], progress: Progress | None
     ) -> None:
+        plan = targets[0].plan
         self.plan = plan
-        self.folder = folder
-        self.report = report
+        self.targets = targets
+        self.steps = steps
         self.progress = progress
         self.ledger = Ledger(plan.memory_budget, plan.workers + PREFETCH)
-        self.shards: dict[int, ShardFile] = {}
-        self.results: dict[str, TensorResult] = {}
         self.error: BaseException | None = None
         self._change = threading.Condition()
         self._running: set[Callable[[], None]] = set()
@@ -189,29 +351,40 @@ class _Run:
 
     def run(self) -> None:
         """Push every unfinished tensor through the stages, in plan order."""
-        kept = self.folder.kept
-        pending = [t for t in self.plan.tensors if self._shard_name(t) not in kept]
-        self.report.kept_shards = len(kept)
+        kept = [len(target.folder.kept) for target in self.targets]
+        pending = [task for step in self.steps if (task := _Task(step, self.targets)).parts]
         threads = torch.get_num_threads()
         if self.progress:
-            self.progress.start(sum(t.held_bytes for t in pending))
+            self.progress.start(sum(task.step.held_bytes for task in pending))
         try:
-            for tensor in pending:
-                if not self.ledger.acquire(tensor.memory):
+            for task in pending:
+                if not self.ledger.acquire(task.step.memory):
                     break
-                self._submit("read", self._read, tensor)
+                self._submit("read", self._read, task)
         except BaseException as error:
             self._fail(error)
         finally:
             self._join()
             torch.set_num_threads(threads)
-            for shard in self.shards.values():
-                shard.close()
+            for target in self.targets:
+                for shard in target.shards.values():
+                    shard.close()
             if self.progress:
                 self.progress.stop()
         if self.error is not None:
             raise self.error
-        self._collect(pending)
+        read_bytes = sum(task.step.read_bytes for task in pending)
+        for target, count in zip(self.targets, kept, strict=True):
+            target.collect()
+            target.report.kept_shards = count
+            target.report.stage_seconds = {s: round(busy, 6) for s, busy in self._busy.items()}
+            target.report.read_bytes = read_bytes
+            target.report.written_bytes = sum(
+                tensor.write_bytes
+                for task in pending
+                for owner, tensor in task.parts
+                if owner is target
+            )
 
     def _join(self) -> None:
         """Wait until nothing runs; an interrupt ends the work, never the waiting.
@@ -229,14 +402,12 @@ class _Run:
         for stage in self._stages.values():
             stage.shutdown(wait=True)
 
-    def _submit(
-        self, stage: str, work: Callable[..., None], tensor: PlannedTensor, *rest: object
-    ) -> None:
+    def _submit(self, stage: str, work: Callable[..., None], *given: object) -> None:
         def guarded() -> None:
             start = time.perf_counter()
             try:
                 if self.error is None:
-                    work(tensor, *rest)
+                    work(*given)
             except BaseException as error:
                 self._fail(error)
             finally:
@@ -263,137 +434,56 @@ class _Run:
                 self.error = error
         self.ledger.close()
 
-    def _read(self, tensor: PlannedTensor) -> None:
-        inputs = [read_tensor(source.file, source.info) for source in tensor.sources]
+    def _read(self, task: _Task) -> None:
+        inputs = {source.key: source.read() for source in task.step.sources}
         if self.progress:
-            self.progress.advance(tensor.read_bytes, tensor.name)
-        self._submit("compute", self._compute, tensor, inputs)
+            self.progress.advance(task.step.read_bytes, task.name)
+        self._submit("compute", self._compute, task, inputs)
 
-    def _compute(self, tensor: PlannedTensor, inputs: list[torch.Tensor]) -> None:
-        start = time.perf_counter()
+    def _compute(self, task: _Task, inputs: dict[Key, torch.Tensor | FactoredDelta]) -> None:
         torch.set_num_threads(self.plan.options.threads)
-        merged = merge_planned(self.plan, tensor, inputs)
+        loaded = Loaded(inputs, self.plan.device, len(task.parts))
         inputs.clear()
-        self.results[tensor.name] = TensorResult(
-            name=tensor.name,
-            rule=merged.rule,
-            reason=tensor.reason,
-            shape=tensor.slot.shape,
-            ranks=merged.ranks,
-            weights=merged.weights,
-            outlier_scores=merged.outlier_scores,
-            sparsity=merged.sparsity,
-            backends=merged.backends,
-            notes=merged.notes,
-            seconds=time.perf_counter() - start,
-        )
-        self._submit("write", self._write, tensor, merged.tensor)
+        for target, tensor in task.parts:
+            start = time.perf_counter()
+            merged = merge_planned(target.plan, tensor, loaded)
+            target.results[tensor.name] = TensorResult(
+                name=tensor.name,
+                rule=merged.rule,
+                reason=tensor.reason,
+                shape=tensor.slot.shape,
+                matrices=tensor.split.label if tensor.split else None,
+                ranks=merged.ranks,
+                weights=merged.weights,
+                outlier_scores=merged.outlier_scores,
+                sparsity=merged.sparsity,
+                backends=merged.backends,
+                notes=merged.notes,
+                seconds=time.perf_counter() - start,
+            )
+            self._submit("write", self._write, task, target, tensor, merged.tensor)
 
-    def _write(self, tensor: PlannedTensor, merged: torch.Tensor) -> None:
-        shard = self.shards.get(tensor.shard)
+    def _write(
+        self, task: _Task, target: _Target, tensor: PlannedTensor, merged: torch.Tensor
+    ) -> None:
+        shard = target.shards.get(tensor.shard)
         if shard is None:
-            layout = self.plan.layouts[tensor.shard]
-            shard = self.shards[tensor.shard] = ShardFile(self.folder.path, layout)
+            layout = target.plan.layouts[tensor.shard]
+            shard = target.shards[tensor.shard] = ShardFile(target.folder.path, layout)
         complete = shard.write(tensor.slot, merged)
-        self.ledger.release(tensor.memory)
+        task.left -= 1  # one thread writes
+        if not task.left:
+            self.ledger.release(task.step.memory)
         if self.progress:
             self.progress.advance(tensor.write_bytes, tensor.name)
         if complete:
-            self._submit("finish", self._finish, tensor, shard)
+            self._submit("finish", self._finish, target, tensor.shard, shard)
 
-    def _finish(self, tensor: PlannedTensor, shard: ShardFile) -> None:
+    def _finish(self, target: _Target, index: int, shard: ShardFile) -> None:
         digest = shard.finish()
-        del self.shards[tensor.shard]
-        results = {slot.name: asdict(self.results[slot.name]) for slot in shard.layout.slots}
-        self.folder.shard_done(shard.layout.name, digest, shard.digests, results)
-
-    def _collect(self, pending: Sequence[PlannedTensor]) -> None:
-        report = self.report
-        for shard, entry in self.folder.kept.items():
-            for name, content in entry["results"].items():
-                if name not in self.results:
-                    self.results[name] = self._kept_result(shard, content)
-        report.tensors = {t.name: self.results[t.name] for t in self.plan.tensors}
-        report.stage_seconds = {stage: round(busy, 6) for stage, busy in self._busy.items()}
-        report.read_bytes = sum(t.read_bytes for t in pending)
-        report.written_bytes = sum(t.write_bytes for t in pending)
-
-    def _kept_result(self, shard: str, content: Mapping[str, Any]) -> TensorResult:
-        try:
-            return TensorResult.from_dict(content)
-        except VerificationError as error:
-            raise OutputError(
-                f"{self.folder.path / JOURNAL}: shard {shard!r}: {error}",
-                fix=f"remove {self.folder.path / shard} to have it merged again, then resume",
-            ) from error
-
-    def _shard_name(self, tensor: PlannedTensor) -> str:
-        return self.plan.layouts[tensor.shard].name
-
-
-def merge_planned(plan: MergePlan, tensor: PlannedTensor, inputs: list[torch.Tensor]) -> Merged:
-    """Merge one planned tensor from its `sources`; the result lies on the CPU."""
-    out_dtype = tensor.slot.dtype.torch
-    if not tensor.base.info.dtype.mergeable:
-        return Merged(inputs[0], "copy")
-    mask, notes = _screen(plan, tensor, inputs)
-    kept = None
-    if mask is not None:
-        kept = inputs[0][mask].to(out_dtype)
-        for value in inputs:
-            value.masked_fill_(mask, 0.0)
-    if tensor.rule == "copy":
-        merged = Merged(inputs[0].to(out_dtype), "copy")
-    else:
-        base, *experts = [value.to(plan.device) for value in inputs]
-        merged = merge_weight(
-            METHODS[plan.recipe.method],
-            Inputs(tensor.key, base, experts if tensor.reads_base else [base, *experts]),
-            tensor.weights,
-            tensor.options,
-            out_dtype,
-        )
-    result = merged.tensor.cpu()
-    if not is_finite(result):
-        notes += _overflow(plan, tensor, result)
-    if kept is not None:
-        result[mask] = kept
-    return replace(merged, tensor=result, notes=(*merged.notes, *notes))
-
-
-def _screen(
-    plan: MergePlan, tensor: PlannedTensor, inputs: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor | None, list[str]]:
-    """Find NaN and Inf in the inputs; the mask of positions where the base's value stays."""
-    mask: torch.Tensor | None = None
-    notes = []
-    for source, value in zip(tensor.sources, inputs, strict=True):
-        if is_finite(value) or (source is tensor.base and not tensor.base_counts):
-            continue
-        bad = ~torch.isfinite(value)
-        count = int(bad.sum())
-        where = f"{source.info.file}: tensor {source.info.name!r}"
-        if plan.options.nonfinite == "error":
-            raise NonFiniteError(
-                f"{where}: {count} of {value.numel()} values are NaN or Inf",
-                fix="repair the checkpoint, or keep the base's values there with --nonfinite warn",
-            )
-        mask = bad if mask is None else mask | bad
-        notes.append(f"{source.info.file.name}: {count} values are NaN or Inf; the base's stay")
-        LOG.warning("%s: %d values are NaN or Inf; the base's values stay there", where, count)
-    return mask, notes
-
-
-def _overflow(plan: MergePlan, tensor: PlannedTensor, result: torch.Tensor) -> list[str]:
-    """Finite inputs whose merge does not fit the output dtype: an error, or a note."""
-    count, dtype = int((~torch.isfinite(result)).sum()), tensor.slot.dtype.name
-    if plan.options.nonfinite == "error":
-        raise NonFiniteError(
-            f"tensor {tensor.name!r}: {count} merged values do not fit {dtype}",
-            fix="choose another out_dtype (bfloat16, float32), or a smaller lambda",
-        )
-    LOG.warning("tensor %r: %d merged values do not fit %s", tensor.name, count, dtype)
-    return [f"{count} merged values overflow {dtype}"]
+        del target.shards[index]
+        results = {slot.name: asdict(target.results[slot.name]) for slot in shard.layout.slots}
+        target.folder.shard_done(shard.layout.name, digest, shard.digests, results)
 
 
 def _check_inputs_unchanged(plan: MergePlan) -> None:
@@ -430,5 +520,4 @@ def _empty_report(plan: MergePlan, output: Path) -> MergeReport:
             "python": platform.python_version(),
         },
         left_out=dict(plan.left_out),
-        predicted_memory=plan.peak_memory,
     )

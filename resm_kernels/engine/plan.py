@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
+import logging
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from resm_kernels import __version__
 from resm_kernels.checkpoint.dtypes import DTYPES, OUT_DTYPES, DType
 from resm_kernels.checkpoint.files import canonical_json
+from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo
+from resm_kernels.checkpoint.lora import Adapter, open_model
 from resm_kernels.checkpoint.reader import open_checkpoint
+from resm_kernels.checkpoint.vocabulary import Alignment, align, differences
 from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
-from resm_kernels.engine.matching import Matching, Source
+from resm_kernels.engine.matching import FactorSource, Matching, Source
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
-from resm_kernels.methods import METHODS
+from resm_kernels.methods import Method, Split, split_of
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.ops.launch import architecture, triton_version
 from resm_kernels.recipe import Recipe, layer_positions
 
-NUMERICS = 3
+LOG = logging.getLogger(__name__)
+
+NUMERICS = 4
 """Raised whenever the same plan would give other bytes."""
 PREFETCH = 2
 """Weights read ahead of the workers."""
@@ -45,13 +53,22 @@ class PlannedTensor:
         The method's name, `mean` (of deltas) or `copy` (from the base).
     reason : str or None
         Why the rule is not the method.
+    method : Method
+        The recipe's method for this tensor.
+    split : Split or None
+        The matrices in it that are merged one by one.
+    notes : tuple of str
+        What was decided about it, in words.
     slot : Slot
         Its place in the output shard `shard`.
-    base, experts : Source
-        Its inputs; no experts for a copy.
+    base, experts : Source, tuple of Source or FactorSource
+        Its inputs; no experts for a copy. An expert whose adapter leaves the weight alone has the
+        base's own source.
     reads_base, base_counts : bool
         Whether the base is read, and whether its values enter the result (`linear` reads it
         only to fill in for values that are not finite).
+    aligned : bool
+        Whether its rows are brought into the order of the output's vocabulary.
     key : str
         The name under which its parameters were looked up; tied tensors share one.
     weights, options
@@ -62,12 +79,16 @@ class PlannedTensor:
 
     rule: str
     reason: str | None
+    method: Method[Any]
+    split: Split | None
+    notes: tuple[str, ...]
     shard: int
     slot: Slot
     base: Source
-    experts: tuple[Source, ...]
+    experts: tuple[Source | FactorSource, ...]
     reads_base: bool
     base_counts: bool
+    aligned: bool
     key: str
     weights: tuple[float, ...]
     options: Any
@@ -79,14 +100,14 @@ class PlannedTensor:
         return self.slot.name
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        """What is read, in order."""
+    def sources(self) -> tuple[Source | FactorSource, ...]:
+        """What goes into it, in order."""
         return (self.base, *self.experts) if self.reads_base else self.experts
 
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs."""
-        return sum(source.info.nbytes for source in self.sources)
+        return Step((self,)).read_bytes
 
     @property
     def write_bytes(self) -> int:
@@ -94,14 +115,91 @@ class PlannedTensor:
         return self.slot.stop - self.slot.start
 
     @property
+    def memory(self) -> int:
+        """Most bytes this tensor needs at once."""
+        return Step((self,)).memory
+
+
+@dataclass(frozen=True)
+class Step:
+    """One weight as every output needs it, read once.
+
+    Attributes
+    ----------
+    tensors : tuple of PlannedTensor
+        One per output.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+
+    @functools.cached_property
+    def sources(self) -> tuple[Source | FactorSource, ...]:
+        """What is read, each once."""
+        return tuple({s.key: s for tensor in self.tensors for s in tensor.sources}.values())
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the inputs."""
+        return sum(source.nbytes for source in self.sources)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes held from reading to writing."""
-        return self.read_bytes + self.write_bytes
+        return self.read_bytes + sum(tensor.write_bytes for tensor in self.tensors)
+
+    @property
+    def workspace(self) -> int:
+        """Most bytes beside them; several outputs keep the last factorisation for each other."""
+        largest = max(tensor.workspace for tensor in self.tensors)
+        first = self.tensors[0].slot
+        if len(self.tensors) == 1 or len(first.shape) < 2:
+            return largest
+        *stack, rows, columns = first.shape
+        kept = 16 * math.prod(stack) * (rows + columns) * min(rows, columns)
+        by_matrix = any(tensor.method.by_matrix for tensor in self.tensors)
+        return largest + kept * by_matrix
 
     @property
     def memory(self) -> int:
-        """Most bytes this tensor needs at once."""
+        """Most bytes that this step needs at once."""
         return self.held_bytes + self.workspace
+
+
+def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
+    """The steps that carry out several plans of the same inputs, layouts and options at once.
+
+    Raises
+    ------
+    PlanError
+        Where one weight, for all outputs, needs more memory than the budget.
+    """
+    steps = tuple(map(Step, zip(*(plan.tensors for plan in plans), strict=True)))
+    largest = max(steps, key=lambda step: step.memory)
+    budget = plans[0].memory_budget
+    if largest.memory > budget:
+        slot = largest.tensors[0].slot
+        many = f" for {len(plans)} outputs" if len(plans) > 1 else ""
+        raise PlanError(
+            f"tensor {slot.name!r} {list(slot.shape)}{many} needs more memory than allowed",
+            got=f"{largest.memory:,} bytes, of which {largest.workspace:,} to factor it",
+            expected=f"at most {budget:,} bytes",
+            fix="raise --memory-budget, or merge on a machine with more memory"
+            + (", or fewer outputs at a time" if many else ""),
+        )
+    return steps
+
+
+def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
+    """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
+    window = plan.workers + PREFETCH
+    held = [step.held_bytes for step in steps]
+    workspace = [step.workspace for step in steps]
+    peak = 0
+    for start in range(len(steps)):
+        inside = slice(start, start + window)
+        busy = sorted(workspace[inside], reverse=True)[: plan.workers]
+        peak = max(peak, sum(held[inside]) + sum(busy))
+    return min(peak, plan.memory_budget)
 
 
 @dataclass(frozen=True)
@@ -114,6 +212,8 @@ class MergePlan:
         In the order in which they are read and merged.
     layouts : tuple of ShardLayout
         The output shards, headers included.
+    alignment : Alignment or None
+        How vocabulary tables are brought together, where they must be.
     left_out : mapping
         Tensors of experts that do not reach the output, with the reason.
     plan_id : str
@@ -127,9 +227,10 @@ class MergePlan:
     recipe: Recipe
     options: EngineOptions
     base: Checkpoint
-    experts: tuple[Checkpoint, ...]
+    experts: tuple[Checkpoint | Adapter, ...]
     tensors: tuple[PlannedTensor, ...]
     layouts: tuple[ShardLayout, ...]
+    alignment: Alignment | None
     left_out: Mapping[str, str]
     plan_id: str
     device: torch.device
@@ -149,18 +250,16 @@ class MergePlan:
     @property
     def peak_memory(self) -> int:
         """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
-        window = self.workers + PREFETCH
-        peak = 0
-        for start in range(len(self.tensors)):
-            inside = self.tensors[start : start + window]
-            busy = sorted((t.workspace for t in inside), reverse=True)[: self.workers]
-            peak = max(peak, sum(t.held_bytes for t in inside) + sum(busy))
-        return min(peak, self.memory_budget)
+        return predicted_peak(plan_steps([self]), self)
 
     @property
     def input_folders(self) -> tuple[Path, ...]:
         """Folders that are inputs as a whole (a model named by its file is no folder)."""
-        return tuple(c.folder for c in (self.base, *self.experts) if not c.single_file)
+        return tuple(
+            c.folder
+            for c in (self.base, *self.experts)
+            if isinstance(c, Adapter) or not c.single_file
+        )
 
     @property
     def rules(self) -> dict[str, int]:
@@ -191,6 +290,7 @@ class MergePlan:
                     "shape": list(t.slot.shape),
                     "rule": t.rule,
                     "reason": t.reason,
+                    "matrices": t.split and t.split.label,
                     "dtype": t.base.info.dtype.name,
                     "out_dtype": t.slot.dtype.name,
                     "shard": self.layouts[t.shard].name,
@@ -215,60 +315,150 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         Where the inputs do not fit together (every misfit is listed), or one weight needs more
         memory than the budget.
     """
-    base = open_checkpoint(recipe.base)
-    experts = tuple(open_checkpoint(expert.model) for expert in recipe.experts)
-    for checkpoint in (base, *experts):
-        if checkpoint.config.get("quantization_config"):
-            raise PlanError(
-                f"{checkpoint.reference}: quantised weights cannot be merged",
-                fix="merge the checkpoint it was made from, or dequantise it first",
-            )
+    return make_plans([recipe], options)[0]
+
+
+def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
+    """Plan the merges of several recipes for the same models; as `make_plan`."""
+    bases: dict[str, Checkpoint] = {}
+    opened: dict[tuple[str, str], Checkpoint | Adapter] = {}
+    matchings: dict[tuple[str, ...], Matching] = {}
     device = _device(options.device)
-    matching = Matching(base, experts, options)
-    decisions = matching.decide()
+    budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
+    plans = []
+    for recipe in recipes:
+        base_name = recipe.base.text
+        if base_name not in bases:
+            bases[base_name] = _whole(open_checkpoint(recipe.base))
+        base = bases[base_name]
+        keys = [(base_name, expert.model.text) for expert in recipe.experts]
+        for key, expert in zip(keys, recipe.experts, strict=True):
+            if key not in opened:
+                opened[key] = _whole(open_model(expert.model, base))
+        names = (base_name, *(name for _, name in keys), str(recipe.tokenizer_source))
+        if names not in matchings:
+            experts = [opened[key] for key in keys]
+            alignment = _alignment(recipe, base, experts)
+            matchings[names] = Matching(base, experts, options, alignment)
+        plans.append(_plan(recipe, matchings[names], options, device, budget))
+    plan_steps(plans)
+    for ignored in dict.fromkeys(i for recipe in recipes for i in recipe.ignored):
+        LOG.warning("recipe: %s; ignored", ignored)
+    return plans
+
+
+Opened = TypeVar("Opened", Checkpoint, Checkpoint | Adapter)
+
+
+def _whole(opened: Opened) -> Opened:
+    """The model, unless its weights are quantised."""
+    if opened.config.get("quantization_config"):
+        raise PlanError(
+            f"{opened.reference}: quantised weights cannot be merged",
+            fix="merge the checkpoint it was made from, or dequantise it first",
+        )
+    return opened
+
+
+def _alignment(
+    recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint | Adapter]
+) -> Alignment | None:
+    """How the vocabularies are brought together; None where every table stays as it is."""
+    source = recipe.tokenizer_source
+    whole = [expert if isinstance(expert, Checkpoint) else base for expert in experts]
+    if source is None:
+        found = differences(base, [expert for expert in whole if expert is not base])
+        for difference in found:
+            if not difference.blocks:
+                LOG.warning("%s", difference)
+        if any(difference.blocks for difference in found):
+            misfits = [f"  - {difference}" for difference in found if difference.blocks]
+            raise PlanError("\n".join(["the vocabularies do not fit together:", *misfits]))
+        return None
+    owner: Literal["base", "union"] | Checkpoint
+    if source in ("base", "union"):
+        owner = "base" if source == "base" else "union"
+    else:
+        reference = ModelReference(source)
+        named = {model: (base, *whole)[i] for i, model in enumerate(recipe.models)}
+        same = [model for known, model in named.items() if known.same_as(reference)]
+        owner = same[0] if same else open_checkpoint(reference)
+    alignment = align(owner, base, whole, prefer_base=recipe.names_base)
+    for note in alignment.notes:
+        LOG.info("%s", note)
+    return None if alignment.changes_nothing else alignment
+
+
+def _plan(
+    recipe: Recipe, matching: Matching, options: EngineOptions, device: torch.device, budget: int
+) -> MergePlan:
+    base, decisions = matching.base, matching.decisions
     out_dtype = DTYPES[OUT_DTYPES[recipe.out_dtype]] if recipe.out_dtype else None
 
     def written(info: TensorInfo) -> DType:
         return out_dtype if out_dtype is not None and info.dtype.mergeable else info.dtype
 
+    def shape(info: TensorInfo) -> tuple[int, ...]:
+        if matching.alignment is None or info.name not in matching.tables:
+            return info.shape
+        return (matching.alignment.rows, *info.shape[1:])
+
     metadata = {a: k for a, k in base.aliases.items() if a not in base.tensors}
     layouts = lay_out_shards(
-        [(n, written(base.tensors[n]), base.tensors[n].shape) for n in decisions],
+        [(n, written(base.tensors[n]), shape(base.tensors[n])) for n in decisions],
         options.shard_size,
         metadata,
     )
-    method = METHODS[recipe.method]
     positions = layer_positions(decisions)
     tensors = []
     for shard, layout in enumerate(layouts):
         for slot in layout.slots:
             reason, sources = decisions[slot.name]
             key = matching.canonical(slot.name)
+            method = recipe.method_for(key)
             settings = recipe.options(key, positions[key])
             weights = recipe.weights(key, positions[key])
             rule = "copy"
+            on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
+            aligned = slot.name in matching.tables
+            base_counts = method.uses_base or on_base or not sources
             workspace = chunk_workspace(slot.shape, len(sources), 8, settings, device.type)
+            split: Split | None = None
+            notes: tuple[str, ...] = ()
             if sources:
                 method.validate(weights, settings)
-                reason = method.declines(key, slot.shape, len(sources), settings)
-                rule = recipe.method if reason is None else "mean"
-                inputs = (matching.source(base, slot.name), *sources)
-                wide = any(s.info.dtype.name == "F64" for s in inputs)
+                given = (key, slot.shape, len(sources), settings)
+                split, notes = split_of(method, *given, base.config)
+                reason = None if split else method.declines(*given)
+                rule = method.name if reason is None else "mean"
+                wide = any(s.wide for s in (matching.source(base, slot.name), *sources))
+                itemsize = 8 if wide else 4
+                shapes = {part.shape for part in split.parts} if split else {slot.shape}
                 if reason is None:
-                    itemsize = 8 if wide else 4
-                    workspace = method.workspace(
-                        slot.shape, len(sources), itemsize, settings, device.type
+                    workspace = max(
+                        method.workspace(shape, len(sources), itemsize, settings, device.type)
+                        for shape in shapes
                     )
+                if split:  # parts that are not views of their tensors
+                    workspace += (len(sources) + 2) * itemsize * max(map(math.prod, shapes))
+                factored = sum(isinstance(source, FactorSource) for source in sources)
+                made_whole = min(factored, 1) if method.by_matrix and reason is None else factored
+                copied = len(sources) + 1 if aligned else 0
+                workspace += (made_whole + copied) * itemsize * math.prod(slot.shape)
             tensors.append(
                 PlannedTensor(
                     rule=rule,
                     reason=reason,
+                    method=method,
                     shard=shard,
+                    split=split,
+                    notes=notes,
                     slot=slot,
                     base=matching.source(base, slot.name),
                     experts=sources,
-                    reads_base=method.uses_base or not sources or options.nonfinite == "warn",
-                    base_counts=method.uses_base or not sources,
+                    reads_base=base_counts or aligned or options.nonfinite == "warn",
+                    base_counts=base_counts,
+                    aligned=aligned,
                     key=key,
                     weights=weights,
                     options=settings,
@@ -276,15 +466,6 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
                 )
             )
 
-    budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
-    largest = max(tensors, key=lambda t: t.memory)
-    if largest.memory > budget:
-        raise PlanError(
-            f"tensor {largest.name!r} {list(largest.slot.shape)} needs more memory than allowed",
-            got=f"{largest.memory:,} bytes, of which {largest.workspace:,} to factor it",
-            expected=f"at most {budget:,} bytes",
-            fix="raise --memory-budget, or merge on a machine with more memory",
-        )
     identity = {
         "numerics": NUMERICS,
         "version": __version__,
@@ -299,17 +480,19 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
         if device.type == "cpu"
         else architecture(device),
         "config": base.config,
-        "inputs": [checkpoint.digest for checkpoint in (base, *experts)],
+        "inputs": [checkpoint.digest for checkpoint in (base, *matching.experts)],
         "shards": [hashlib.sha256(layout.header).hexdigest() for layout in layouts],
+        "vocabulary": None if matching.alignment is None else matching.alignment.digest,
         "missing": sorted(n for n, (reason, s) in decisions.items() if reason and not s),
     }
     return MergePlan(
         recipe=recipe,
         options=options,
         base=base,
-        experts=experts,
+        experts=tuple(matching.experts),
         tensors=tuple(tensors),
         layouts=tuple(layouts),
+        alignment=matching.alignment,
         left_out=matching.left_out,
         plan_id=hashlib.sha256(canonical_json(identity)).hexdigest(),
         device=device,
@@ -318,10 +501,12 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
     )
 
 
-def check_disk(plan: MergePlan, output: Path, kept: Iterable[str] = ()) -> None:
-    """Raise PlanError where the output would not fit on its disk; `kept` shards are there."""
+def check_disk(plans: Sequence[MergePlan], output: Path, kept: Iterable[str] = ()) -> None:
+    """Raise PlanError where the outputs would not fit on their disk; `kept` shards are there."""
     kept = set(kept)
-    needed = sum(layout.size for layout in plan.layouts if layout.name not in kept) + MARGIN
+    needed = MARGIN + sum(
+        layout.size for plan in plans for layout in plan.layouts if layout.name not in kept
+    )
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise PlanError(

@@ -17,8 +17,10 @@ class TensorResult:
     ----------
     rule, reason : str
         As in `PlannedTensor`.
+    matrices : str or None
+        The matrices in it that were merged one by one, such as `q, k, v`.
     ranks, weights, outlier_scores : tuple
-        Per expert; empty where they have no meaning.
+        Per expert, matrix by matrix; empty where they have no meaning.
     sparsity : float or None
         Share of entries at or below the noise floor, mean over experts.
     backends, notes : tuple of str
@@ -31,6 +33,7 @@ class TensorResult:
     rule: str
     reason: str | None
     shape: tuple[int, ...]
+    matrices: str | None = None
     ranks: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     outlier_scores: tuple[float, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -15,6 +15,7 @@ from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_del
 from resm_kernels.methods.averaging import MODEL_STOCK, PASSTHROUGH, SLERP
 from resm_kernels.methods.base import Merged, Method, Option, matches
 from resm_kernels.methods.inputs import Inputs
+from resm_kernels.methods.matrices import Split, split_declines, split_rule
 from resm_kernels.methods.sparsifying import SPARSIFYING
 from resm_kernels.methods.spectral import ISO_C, ISO_CTS, RESM, TSVM
 from resm_kernels.ops.dtypes import full_float32
@@ -26,9 +27,11 @@ __all__ = [
     "Merged",
     "Method",
     "Option",
+    "Split",
     "find_method",
     "matches",
     "merge_weight",
+    "split_of",
 ]
 
 METHODS: dict[str, Method[Any]] = {
@@ -60,12 +63,39 @@ def find_method(name: str) -> Method[Any]:
     )
 
 
+def split_of(
+    method: Method[Any],
+    name: str,
+    shape: Sequence[int],
+    experts: int,
+    options: Any,
+    config: Mapping[str, Any],
+) -> tuple[Split | None, tuple[str, ...]]:
+    """The matrices to merge one by one, None for the whole tensor, and notes about the choice.
+
+    Parameters
+    ----------
+    config : mapping
+        The model's config.json, which knows the sizes of heads and experts.
+    """
+    if not (method.by_matrix and options.split) or matches(name, options.exclude):
+        return None, ()
+    split = split_rule(name, shape, config)
+    if split is None:
+        reason = split_declines(name, shape, config)
+        return None, () if reason is None else (f"not split: {reason}",)
+    if all(method.declines(name, part.shape, experts, options) for part in split.parts):
+        return None, ()
+    return split, () if split.note is None else (split.note,)
+
+
 def merge_weight(
     method: Method[Any],
     inputs: Inputs,
     weights: Sequence[float],
     options: Any,
     out_dtype: torch.dtype,
+    split: Split | None = None,
 ) -> Merged:
     """Merge one weight by a method, or by the mean of deltas where the method declines it.
 
@@ -79,6 +109,8 @@ def merge_weight(
         An instance of `method.options`.
     out_dtype : torch.dtype
         Dtype of the result.
+    split : Split, optional
+        The matrices that the weight holds, to be merged one by one.
 
     Raises
     ------
@@ -88,7 +120,6 @@ def merge_weight(
         Where memory runs out, or a factorisation does not converge.
     """
     base = inputs.base
-    declined = method.declines(inputs.name, base.shape, len(weights), options) is not None
     where = f"tensor {inputs.name!r} {list(base.shape)}"
     fewest, most = method.experts
     if not fewest <= len(weights) <= (most or len(weights)):
@@ -98,11 +129,11 @@ def merge_weight(
             expected=str(fewest) if most == fewest else f"at least {fewest}",
         )
     try:
-        if declined:
-            merged = mean_of_deltas(inputs, weights, options.lambda_, out_dtype)
-        else:
-            with full_float32:
-                merged = method.merge(inputs, weights, options, out_dtype)
+        with full_float32:
+            if split is None:
+                merged = _merge_one(method, inputs, weights, options, out_dtype)
+            else:
+                merged = _merge_parts(method, inputs, weights, options, out_dtype, split)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
     except (MemoryError, RuntimeError) as error:
@@ -117,3 +148,50 @@ def merge_weight(
     if on_kernels(inputs.tensors, out_dtype):
         return replace(merged, backends=(*merged.backends, "triton"))
     return replace(merged, notes=(*merged.notes, "plain torch: no Triton kernels here"))
+
+
+def _merge_one(
+    method: Method[Any],
+    inputs: Inputs,
+    weights: Sequence[float],
+    options: Any,
+    out_dtype: torch.dtype,
+) -> Merged:
+    if method.declines(inputs.name, inputs.base.shape, len(weights), options) is not None:
+        return mean_of_deltas(inputs, weights, options.lambda_, out_dtype)
+    return method.merge(inputs, weights, options, out_dtype)
+
+
+def _merge_parts(
+    method: Method[Any],
+    inputs: Inputs,
+    weights: Sequence[float],
+    options: Any,
+    out_dtype: torch.dtype,
+    split: Split,
+) -> Merged:
+    out = torch.empty(inputs.base.shape, dtype=out_dtype, device=inputs.base.device)
+    found: list[Merged] = []
+    notes: dict[str, list[str]] = {}
+    for part in split.parts:
+        merged = _merge_one(method, inputs.part(part), weights, options, out_dtype)
+        part.put(out, merged.tensor)
+        found.append(replace(merged, tensor=merged.tensor.new_empty(0)))
+        for note in merged.notes:
+            notes.setdefault(note, []).append(part.name)
+    sparsity = [m.sparsity for m in found if m.sparsity is not None]
+    return Merged(
+        out,
+        method.name,
+        ranks=tuple(rank for m in found for rank in m.ranks),
+        weights=tuple(weight for m in found for weight in m.weights),
+        outlier_scores=tuple(score for m in found for score in m.outlier_scores),
+        sparsity=sum(sparsity) / len(sparsity) if sparsity else None,
+        backends=tuple(dict.fromkeys(backend for m in found for backend in m.backends)),
+        notes=tuple(f"{_some(names)}: {note}" for note, names in notes.items()),
+    )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

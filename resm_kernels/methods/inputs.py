@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from resm_kernels.linalg.subspace import Delta, FactoredDelta
+from resm_kernels.methods.matrices import Part
 from resm_kernels.ops.dtypes import compute_dtype
 from resm_kernels.ops.mask import Mask, masked_delta
 
@@ -26,15 +27,24 @@ class Inputs:
     experts : sequence of Tensor or FactoredDelta
         Whole weights of the base's shape and device, or changes to the base as low-rank factors
         (LoRA), which stay factored for the methods that can use them so.
+    shared : bool
+        Several outputs will be merged from these inputs: the findings about every part are kept.
     """
 
     def __init__(
-        self, name: str, base: torch.Tensor, experts: Sequence[torch.Tensor | FactoredDelta]
+        self,
+        name: str,
+        base: torch.Tensor,
+        experts: Sequence[torch.Tensor | FactoredDelta],
+        *,
+        shared: bool = False,
     ) -> None:
         self.name = name
         self.base = base
         self.experts = tuple(experts)
+        self.shared = shared
         self._found: dict[str, tuple[Hashable, Any]] = {}
+        self._parts: dict[Part, Inputs] = {}
 
     def once(self, what: str, key: Hashable, find: Callable[[], Found]) -> Found:
         """What `find` returns, kept until asked for with another key: outputs share it."""
@@ -42,6 +52,22 @@ class Inputs:
             self._found.pop(what, None)  # the old result goes before the new one is made
             self._found[what] = (key, find())
         found: Found = self._found[what][1]
+        return found
+
+    def part(self, part: Part) -> Inputs:
+        """One of the matrices that the weight holds."""
+        if part in self._parts:
+            return self._parts[part]
+        experts: list[torch.Tensor | FactoredDelta] = []
+        for t, expert in enumerate(self.experts):
+            if isinstance(expert, FactoredDelta):
+                factors = part.factors(expert.left, expert.right)
+                experts.append(FactoredDelta(*factors) if factors else part.of(self.expert(t)))
+            else:
+                experts.append(part.of(expert))
+        found = Inputs(self.name, part.of(self.base), experts, shared=self.shared)
+        if self.shared:
+            self._parts[part] = found
         return found
 
     @property

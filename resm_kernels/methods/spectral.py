@@ -18,15 +18,17 @@ from resm_kernels.linalg import (
     equalise,
     leading_subspaces,
 )
-from resm_kernels.linalg.subspace import Delta
+from resm_kernels.linalg.subspace import Delta, rank_tolerance
 from resm_kernels.methods.base import Merged, Method, matches, option
 from resm_kernels.methods.inputs import Inputs
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 from resm_kernels.ops.low_rank import PANEL, add_low_rank
 from resm_kernels.ops.mask import Mask
 
-EXCLUDE = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*", "shared.weight")
-"""Vocabulary and position tables, and norms: matrices in shape, but not linear maps."""
+EXCLUDE = (
+    "*embed*", "*lm_head*", "*wte*", "*wpe*", "*norm*", "shared.weight", "*bias", "*A_log",
+)  # fmt: skip
+"""Tables, norms, biases of experts, state-space rates: matrices in shape, but not linear maps."""
 BLAS_BUFFERS = 24 << 20
 """Bytes that BLAS and LAPACK libraries keep per thread to pack their operands."""
 SLACK = 1.1
@@ -225,9 +227,19 @@ def _iso_cts(
         shared = leading_subspaces(_weighted_total(inputs, weights), common)
         spaces = [shared]
         for t, weight in enumerate(weights):
-            rest = _outside(inputs.delta(t), shared.left)
-            space = leading_subspaces(rest, own if weight else 0)
-            spaces.append(replace(space, values=space.values * abs(weight)))
+            delta = inputs.delta(t)
+            space = leading_subspaces(_outside(delta, shared.left), own if weight else 0)
+            # What rounding left of a delta inside the common space is no direction of its own.
+            floor = rank_tolerance(max(inputs.base.shape)) * _norm(delta) / math.sqrt(p)
+            kept = int((space.values > floor).sum())
+            spaces.append(
+                replace(
+                    space,
+                    left=space.left[:, :kept],
+                    values=space.values[:kept] * abs(weight),
+                    right=space.right[:, :kept],
+                )
+            )
         mean = float(torch.cat([space.values for space in spaces]).sum()) / p
         level = [replace(space, values=torch.full_like(space.values, mean)) for space in spaces]
         solver = _solver(options, inputs.dtype.itemsize)
@@ -237,6 +249,14 @@ def _iso_cts(
     key = (options.common_space, options.solver, tuple(weights))
     merge, ranks = inputs.once("common and own", key, find)
     return _rebuild(inputs, merge, ranks, weights, options, out_dtype, "iso_cts")
+
+
+def _norm(delta: Delta) -> float:
+    """Frobenius norm."""
+    if isinstance(delta, FactoredDelta):
+        left, right = delta.left.double(), delta.right.double()
+        return math.sqrt(max(0.0, float(((left.T @ left) * (right.T @ right)).sum())))
+    return float(torch.linalg.vector_norm(delta, dtype=torch.float64))
 
 
 def _outside(delta: Delta, left: torch.Tensor) -> Delta:

@@ -21,7 +21,8 @@ def model_card(report: MergeReport) -> bytes:
     method = METHODS[report.method]
     recipe = report.recipe
     names = [entry["model"] for entry in recipe["models"]]
-    models = list(dict.fromkeys([recipe["base_model"], *names]))
+    base = recipe.get("base_model", names[0])
+    models = list(dict.fromkeys([base, *names]))
     references = [ModelReference(name) for name in models]
     hub_ids = [r.repo[0] for r in references if r.repo is not None and not r.exists()]
     data = ModelCardData(
@@ -36,7 +37,7 @@ def model_card(report: MergeReport) -> bytes:
         f"# {report.method} merge of {len(names)} models",
         f"{method.summary[0].upper()}{method.summary[1:]}: `{method.formula}` ({method.source}).",
         RECONSTRUCTION if report.method == "resm" else "",
-        f"Base: `{recipe['base_model']}`. Merged: {', '.join(f'`{name}`' for name in names)}.",
+        f"Base: `{base}`. Merged: {', '.join(f'`{name}`' for name in names)}.",
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
         f"## What was done\n\n| rule | tensors |\n|---|---|\n{rules}",
         f"{notes} clamps, fallbacks and warnings: see `resm_report.json`." if notes else "",

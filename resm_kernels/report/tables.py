@@ -23,7 +23,8 @@ def plan_table(plan: MergePlan) -> RenderableType:
         by_rule.add_column(heading, justify="left" if heading in ("rule", "why") else "right")
     groups: dict[tuple[str, str], list[int]] = {}
     for tensor in plan.tensors:
-        row = groups.setdefault((tensor.rule, tensor.reason or ""), [0, 0, 0])
+        why = tensor.reason or (f"as {tensor.split.label}" if tensor.split else "")
+        row = groups.setdefault((tensor.rule, why), [0, 0, 0])
         row[0] += 1
         row[1] += tensor.read_bytes
         row[2] += tensor.write_bytes
@@ -58,6 +59,29 @@ def report_table(report: MergeReport) -> RenderableType:
     if len(notes) > SHOWN_NOTES:
         lines.append(Text(f"and {len(notes) - SHOWN_NOTES} more notes: see resm_report.json"))
     return Group(_facts(facts), *lines, *_left_out(report.left_out))
+
+
+def sweep_table(reports: Mapping[str, MergeReport]) -> RenderableType:
+    """What a sweep did: a line for each output."""
+    table = Table()
+    for heading in ("output", "method", "tensors", "written", "notes"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "written") else "left")
+    for report in reports.values():
+        notes = sum(len(found) for found in report.notes.values())
+        table.add_row(
+            Text(report.output),
+            report.method,
+            str(len(report.tensors)),
+            size(report.written_bytes) if report.written_bytes else "before",
+            str(notes or ""),
+        )
+    longest = max(reports.values(), key=lambda report: report.seconds)
+    facts = {
+        "read": size(longest.read_bytes),
+        "time": f"{longest.seconds:.1f} s",
+        "peak memory": f"{size(longest.peak_memory)} (planned {size(longest.predicted_memory)})",
+    }
+    return Group(table, _facts(facts))
 
 
 def methods_table(methods: Iterable[Method[Any]]) -> RenderableType:

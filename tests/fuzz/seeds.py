@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,8 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
     for state in ({"p": parameter}, kept, wide):
         yield from _with_parts("archive", torch_bytes(state))
 
+    yield from (("adapter", data) for data in adapters())
+
     (layout,) = lay_out_shards([("w", DTYPES["F32"], (2,))], 1 << 20)
     digest = hashlib.sha256(bytes(8)).hexdigest()
     result = {"name": "w", "rule": "copy", "reason": None, "shape": [2], "weights": [1.0]}
@@ -113,3 +116,30 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
     outside = {"../x": {"size": 8}}
     for change in ({}, {"files": outside}, {"tensors": []}, {"files": {"w": {"size": "8"}}}):
         yield "manifest", json.dumps({**manifest, **change}).encode()
+
+
+def adapters() -> Iterator[bytes]:
+    """Configs over the same factors: two of a linear layer, a table, a bias."""
+    shapes = {
+        "model.h.0.q.lora_A.weight": [2, 6],
+        "model.h.0.q.lora_B.weight": [4, 2],
+        "model.h.1.q.lora_A.weight": [2, 6],
+        "model.h.1.q.lora_B.weight": [4, 2],
+        "model.wte.lora_embedding_A": [2, 8],
+        "model.wte.lora_embedding_B": [4, 2],
+        "model.n.weight": [4],
+    }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        offsets = [start, end]
+        header[f"base_model.{name}"] = entry(dtype="F32", shape=shape, data_offsets=offsets)
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4.5, "use_rslora": True}
+    for change in (
+        {},
+        {"rank_pattern": {r"^h\.[0-9]+\..*": 2}, "alpha_pattern": {"(h.1|s).q$": 3, "wte": 1}},
+        {"alpha_pattern": {"((a*)*|q{2,}?)+": 1}},
+        {"use_dora": True},
+        {"r": 3},
+    ):
+        yield json.dumps({**plain, **change}).encode() + b"\n" + json.dumps(header).encode()

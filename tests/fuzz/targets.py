@@ -7,6 +7,7 @@ but a value or one of our own errors is a finding; so is a broken promise about 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from resm_kernels.checkpoint.files import canonical_json, seal
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, REPORT, OutputFolder
 from resm_kernels.checkpoint.layout import parse_json
+from resm_kernels.checkpoint.lora import Adapter, open_model, read_factors
 from resm_kernels.checkpoint.manifest import verify_folder
 from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
 from resm_kernels.checkpoint.writer import lay_out_shards
@@ -49,14 +51,17 @@ def weights(data: bytes, folder: Path) -> None:
 
 def header(data: bytes, folder: Path) -> None:
     """A header, with its true length before it and as much data as it speaks of."""
+    weights(_with_data(data), folder)
+
+
+def _with_data(data: bytes) -> bytes:
     try:
         content = json.loads(data)
         ends = [entry["data_offsets"][1] for name, entry in content.items() if name[:2] != "__"]
         size = max([0, *ends])
-        data = safetensors(data, bytes(size if size <= MOST else 0))
+        return safetensors(data, bytes(size if size <= MOST else 0))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        data = safetensors(data)
-    weights(data, folder)
+        return safetensors(data)
 
 
 def index(data: bytes, folder: Path) -> None:
@@ -150,10 +155,38 @@ def manifest(data: bytes, folder: Path) -> None:
     verify_folder(folder)
 
 
+def adapter(data: bytes, folder: Path) -> None:
+    """An adapter on a small base: its config is the first line, the rest is its header."""
+    shapes = {"h.0.q": [4, 6], "h.1.q": [6, 4], "s": [4, 4], "lm_head": [8, 4], "n": [4]}
+    tensors, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        tensors[f"{name}.weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    for name in ("base", "adapter"):
+        (folder / name).mkdir()
+    (folder / "base" / "model.safetensors").write_bytes(safetensors(tensors, bytes(end)))
+    (folder / "base" / "config.json").write_text('{"vocab_size": 8}')
+    config, _, rest = data.partition(b"\n")
+    (folder / "adapter" / "adapter_config.json").write_bytes(config)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(_with_data(rest))
+    base = open_checkpoint(ModelReference(str(folder / "base")))
+    found = open_model(ModelReference(str(folder / "adapter")), base)
+    assert isinstance(found, Adapter)
+    infos = [i for pair in found.pairs.values() for i in (pair.a, pair.b)]
+    kept = {info.name for info in (*infos, *found.full.values())}
+    copies = ("base_layer", "original_module", "modules_to_save")
+    assert all(any(c in name for c in copies) for name in found.files[0].tensors.keys() - kept)
+    for name, pair in found.pairs.items():
+        left, right = read_factors(found, pair)
+        assert (left.shape[0], right.shape[0]) == base.tensors[name].shape
+        assert left.shape[1] == right.shape[1] == pair.rank
+    assert all(info.shape == base.tensors[name].shape for name, info in found.full.items())
+
+
 TARGETS: dict[str, Target] = {
     target.__name__: target
     for target in (
-        weights, header, index, config, recipe, archive, pickled, journal, manifest,
+        weights, header, index, config, recipe, archive, pickled, journal, manifest, adapter,
     )
 }  # fmt: skip
 

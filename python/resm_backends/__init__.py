@@ -1,0 +1,1 @@
+"""Doors from other tools into resm-kernels, a module for each."""
