@@ -37,6 +37,7 @@ from resm_kernels.ops.launch import DTYPES
 from resm_kernels.ops.low_rank import kernel as low_rank
 from resm_kernels.ops.mask import Mask
 from resm_kernels.ops.mask import kernel as mask
+from resm_kernels.ops.rank_drop import kernel as rank_drop
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,7 +55,7 @@ POINTERS = {
 }
 KERNELS = {
     value.__name__: value
-    for module in (delta_stats, mask, consensus, low_rank)
+    for module in (delta_stats, mask, rank_drop, consensus, low_rank)
     for value in vars(module).values()
     if isinstance(value, JITFunction) and value.__name__.endswith("_kernel")
 }
@@ -119,12 +120,15 @@ def requested(arch: str) -> list[Launch]:
             with recording(found):
                 delta_stats.delta_stats(base, experts)
             with recording(found, stop=True):
-                mask.trim(base, experts, 0.5)
+                mask.trim(base, experts, [1, 1])
             with recording(found, stop=True):
                 mask._cut(base, base, torch.zeros(()), 1)
             for masked in masks[1:]:
                 with recording(found):
                     mask.split_delta(base, base, masked[0])
+                    mask.masked_norms(base, experts, masked)
+            with recording(found):
+                rank_drop.rank_drop(base, base, density=0.5, epsilon=0.25, key=0)
             for out, masked in itertools.product(DTYPES, masks):
                 with recording(found):
                     mask.masked_delta(base, base, masked and masked[0], out_dtype=out)

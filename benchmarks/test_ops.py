@@ -31,7 +31,7 @@ EXPERTS = [
 ]
 LEFT, RIGHT = (0.01 * torch.randn(SIDE, INNER, generator=GENERATOR) for _ in range(2))
 KEPT = int(DENSITY * BASE.numel())
-TRIMMED = [Mask(threshold=t) for t, _ in trim(BASE, EXPERTS, DENSITY)]
+TRIMMED = [Mask(threshold=t) for t, _ in trim(BASE, EXPERTS, [KEPT] * 3)]
 """Without a cut: like the naive expression, they keep every entry of the threshold's size."""
 DROPPED = Mask(density=DENSITY, key=drop_key(0, "weight", 0))
 
@@ -125,7 +125,7 @@ def ours_low_rank() -> torch.Tensor:
 
 PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "delta_stats": (ours_stats, naive_stats),
-    "trim": (lambda: [t for t, _ in trim(BASE, EXPERTS, DENSITY)], naive_trim),
+    "trim": (lambda: [t for t, _ in trim(BASE, EXPERTS, [KEPT] * 3)], naive_trim),
     "masked_delta, trimmed": (lambda: masked_delta(BASE, EXPERTS[0], TRIMMED[0]), naive_mask),
     "masked_delta, dropped": (lambda: masked_delta(BASE, EXPERTS[0], DROPPED), naive_drop),
     "split_delta": (lambda: split_delta(BASE, EXPERTS[0]), naive_split),

@@ -18,6 +18,7 @@ import resm_kernels.ops.consensus as consensus
 import resm_kernels.ops.delta_stats as stats
 import resm_kernels.ops.low_rank as low_rank
 import resm_kernels.ops.mask as mask
+import resm_kernels.ops.rank_drop as rank_drop
 from resm_kernels.ops import launch
 from resm_kernels.ops.mask import Mask
 from resm_kernels.ops.mask.reference import apply_mask
@@ -42,7 +43,8 @@ MASKS = {
     "clip": Mask(clip=1e-3),
     "trim": Mask(threshold=2.0**-10, cut=2000),
     "drop": Mask(density=0.3, key=0x9E3779B97F4A7C15_F39CC0605CEDC834),
-    "all": Mask(6e-4, 2.0**-10, 3000, 2e-3, 0.7, 2**128 - 1),
+    "band": Mask(threshold=2.0**-11, cut=3000, ceiling=2.0**-9, ceiling_cut=1500),
+    "all": Mask(6e-4, 2.0**-10, 3000, 4e-3, 2500, 2e-3, 0.7, 2**128 - 1, 1.3),
 }
 WEIGHTS = (0.3, -1.25, 1.0)
 EXACT = 24 * 2.0**-24
@@ -56,7 +58,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     if DEVICE == "cpu":
-        for op in (consensus, stats, low_rank, mask):
+        for op in (consensus, stats, low_rank, mask, rank_drop):
             monkeypatch.setattr(op, "on_kernels", everywhere)
         monkeypatch.setattr(DOWN_CAST, round_off)
     yield
@@ -172,11 +174,13 @@ def test_trims_are_the_references(density: float) -> None:
     for dtype in (BF16, FP16, FP32):
         for size in SIZES:
             inputs = family(size, dtype)
-            found = mask.trim(*split(to_device(inputs)), density)
-            assert found == mask.reference.trim(*split(inputs), density)
+            kept = [int(density * size), size // 3, 0]
+            found = mask.trim(*split(to_device(inputs)), kept)
+            assert found == mask.reference.trim(*split(inputs), kept)
     for inputs in views(BF16).values():
-        found = mask.trim(*split(to_device(inputs)), density)
-        assert found == mask.reference.trim(*split(inputs), density)
+        kept = [int(density * inputs[0].numel()), inputs[0].numel(), 1]
+        found = mask.trim(*split(to_device(inputs)), kept)
+        assert found == mask.reference.trim(*split(inputs), kept)
 
 
 def split(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -187,9 +191,30 @@ def test_trims_of_equal_magnitudes_keep_the_first() -> None:
     base = torch.zeros(9000, dtype=BF16)
     experts = [torch.full_like(base, 0.5), -torch.full_like(base, 0.5), base]
     experts[1][:100] = 1.0
-    found = mask.trim(*split(to_device([base, *experts])), 0.5)
-    assert found == mask.reference.trim(base, experts, 0.5)
+    found = mask.trim(*split(to_device([base, *experts])), [4500] * 3)
+    assert found == mask.reference.trim(base, experts, [4500] * 3)
     assert found[:2] == [(0.5, 4500), (0.5, 4500)]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_masked_norms_are_the_references(dtype: torch.dtype) -> None:
+    """To the bit, so that a rescaled merge does not depend on the device."""
+    cases = [family(size, dtype) for size in SIZES]
+    for inputs in (*cases, *views(dtype).values()):
+        finite = [torch.nan_to_num(x, 0.0, 0.01, -0.01) for x in inputs]
+        masks = [MASKS["all"], MASKS["drop"], Mask()]
+        found = mask.masked_norms(*split(to_device(finite)), masks)
+        assert found == mask.reference.masked_norms(*split(finite), masks)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_drops_by_rank_are_the_references(dtype: torch.dtype) -> None:
+    given = {"density": 0.4, "epsilon": 0.3, "key": 2**128 - 5}
+    cases = [family(size, dtype, 2) for size in (*SIZES, (70, 130), (5, 4099))]
+    for inputs in (*cases, *views(dtype).values()):
+        base, expert = inputs[:2]
+        expected = rank_drop.reference.rank_drop(base, expert, **given)
+        assert_same(rank_drop.rank_drop(*to_device((base, expert)), **given), expected)
 
 
 def combinations(
@@ -211,7 +236,7 @@ def combinations(
         )
 
 
-@pytest.mark.parametrize("chosen", ["none", "floor", "trim", "drop", "all"])
+@pytest.mark.parametrize("chosen", ["none", "floor", "trim", "drop", "band", "all"])
 @pytest.mark.parametrize(("dtype", "out"), DTYPES)
 def test_combinations_have_the_references_bytes(
     chosen: str, dtype: torch.dtype, out: torch.dtype
@@ -388,7 +413,9 @@ def every_op(base: torch.Tensor, experts: list[torch.Tensor]) -> list[object]:
         stats.delta_stats(base, experts),
         mask.masked_delta(base, experts[0], chosen[0]),
         *mask.split_delta(base, experts[0], chosen[0]),
-        mask.trim(base, experts, 0.3),
+        mask.trim(base, experts, [base.numel() // 3] * len(experts)),
+        mask.masked_norms(base, experts, chosen),
+        rank_drop.rank_drop(base, experts[0], density=0.5, epsilon=0.2, key=9),
         consensus.weighted_sum(experts, weights, out_dtype=out),
         consensus.weighted_deltas(base, experts, weights, scale=1.0, out_dtype=out, masks=chosen),
         consensus.elected_deltas(base, experts, weights, **elected),
@@ -487,7 +514,8 @@ def test_places_past_two_to_the_31() -> None:
     generator = torch.Generator(DEVICE).manual_seed(0)
     base = torch.empty(count, dtype=BF16, device=DEVICE).normal_(0.0, 0.02, generator=generator)
     expert = torch.empty_like(base).normal_(0.0, 0.02, generator=generator)
-    chosen = Mask(1e-3, 2.0**-7, 2**31 + 100, 0.03, 0.5, 77)
+    ends = {"threshold": 2.0**-7, "cut": 2**31 + 100, "ceiling": 0.05, "ceiling_cut": 2**31}
+    chosen = Mask(1e-3, **ends, clip=0.03, density=0.5, key=77)
     places = [slice(0, 5000), slice(2**31 - 5000, 2**31 + 4000), slice(count - 5000, count)]
 
     def check(found: torch.Tensor, scale: float, with_base: bool) -> None:
@@ -504,7 +532,7 @@ def test_places_past_two_to_the_31() -> None:
     check(consensus.elected_deltas(base, [expert], (0.5,), **elected), 0.9, True)
     (found,) = stats.delta_stats(base, [expert])
     assert (found.count, found.zero_count > 0) == (count, True)
-    ((threshold, cut),) = mask.trim(base, [expert], 0.25)
+    ((threshold, cut),) = mask.trim(base, [expert], [int(0.25 * count)])
     at_most, above = 0, 0
     for piece in range(0, count, 2**28):
         a = (expert[piece : piece + 2**28].float() - base[piece : piece + 2**28].float()).abs_()

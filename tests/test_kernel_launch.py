@@ -35,6 +35,8 @@ KERNELS = {
     "_mask_kernel",
     "_digits_kernel",
     "_ties_kernel",
+    "_norms_kernel",
+    "_rank_drop_kernel",
     "_sum_kernel",
     "_elect_kernel",
     "_low_rank_kernel",
@@ -76,6 +78,7 @@ def launches() -> Iterator[Any]:
     from resm_kernels.ops.low_rank import kernel as low_rank
     from resm_kernels.ops.mask import Mask
     from resm_kernels.ops.mask import kernel as mask
+    from resm_kernels.ops.rank_drop import kernel as rank_drop
 
     class Driver:
         def get_current_device(self) -> int:
@@ -98,7 +101,7 @@ def launches() -> Iterator[Any]:
         found.append((compiled, self.signature.parameters))
 
     JITFunction.run = compile_only
-    masks = [Mask(floor=0.1, clip=2.0), Mask(threshold=0.5, cut=7)]
+    masks = [Mask(floor=0.1, clip=2.0), Mask(threshold=0.5, cut=7, ceiling=2.0)]
     drop = Mask(density=0.5, key=2**128 - 1)
     # What reads the tables that no kernel wrote may find no sense in them.
     senseless = contextlib.suppress(IndexError, OverflowError, RuntimeError, ValueError)
@@ -107,12 +110,15 @@ def launches() -> Iterator[Any]:
         with senseless:
             delta_stats.delta_stats(base, experts)
         with senseless:
-            mask.trim(base.repeat(2), [expert.repeat(2) for expert in experts], 0.5)
+            mask.trim(base.repeat(2), [expert.repeat(2) for expert in experts], [count] * 2)
         with senseless:
             mask._cut(base, experts[0], torch.zeros(1), 1)
         mask.masked_delta(base, experts[0], masks[0], weight=2)
         mask.masked_delta(base, experts[0], drop, out_dtype=torch.float16)
         mask.split_delta(base, experts[0], drop)
+        for chosen in (masks, [drop, drop]):
+            mask.masked_norms(base, experts, chosen)
+        rank_drop.rank_drop(base, experts[0], density=0.5, epsilon=0.25, key=2**128 - 1)
         given: dict[str, Any] = {"weights": (1, 2.0), "out_dtype": dtype}
         consensus.weighted_sum(experts, **given, normalize=True)
         for chosen in (None, masks, [drop, drop]):

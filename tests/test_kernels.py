@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -27,13 +28,18 @@ from resm_kernels.ops.delta_stats import delta_stats
 from resm_kernels.ops.delta_stats import kernel as stats_kernel
 from resm_kernels.ops.delta_stats import reference as stats_reference
 from resm_kernels.ops.delta_stats.stats import DeltaStats
+from resm_kernels.ops.gram import gram
 from resm_kernels.ops.launch import flat_inputs
 from resm_kernels.ops.low_rank import add_low_rank
 from resm_kernels.ops.low_rank import kernel as low_rank_kernel
 from resm_kernels.ops.low_rank import reference as low_rank_reference
-from resm_kernels.ops.mask import Mask, drop_key, masked_delta, split_delta, trim
+from resm_kernels.ops.mask import Mask, drop_key, masked_delta, masked_norms, split_delta, trim
 from resm_kernels.ops.mask import kernel as mask_kernel
 from resm_kernels.ops.mask import reference as mask_reference
+from resm_kernels.ops.mask.mask import BLOCK
+from resm_kernels.ops.rank_drop import kernel as rank_kernel
+from resm_kernels.ops.rank_drop import rank_drop
+from resm_kernels.ops.rank_drop import reference as rank_reference
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="the GPU tests run the kernels themselves"
@@ -167,45 +173,60 @@ def test_a_nearly_constant_delta_keeps_its_spread(module: ModuleType, spread: fl
     assert stats.outlier_count <= 0.01 * a.size
 
 
-def trimmed(delta: Array, density: float) -> NDArray[np.bool_]:
-    """The int(density * n) largest magnitudes, of equal ones the first."""
+Band = tuple[float, float]
+"""Shares of the entries: the largest magnitudes down to the first stay, but those of the second."""
+
+
+def leading(delta: Array, kept: int) -> NDArray[np.bool_]:
+    """So many of the largest magnitudes, of equal ones the first."""
     keep = np.zeros(delta.size, dtype=bool)
-    keep[np.argsort(-np.abs(delta), kind="stable")[: int(density * delta.size)]] = True
+    keep[np.argsort(-np.abs(delta), kind="stable")[:kept]] = True
     return keep
 
 
-def oracle_mask(delta: Array, mask: Mask, density: float, weight: float) -> Array:
+def random_numbers(key: int, count: int) -> NDArray[np.uint32]:
+    """NumPy's own Philox, 32 bits an entry."""
+    halves = np.array([key % 2**64, key >> 64], dtype=np.uint64)
+    return np.random.Philox(key=halves).random_raw(count // 2 + 4).view(np.uint32)[:count]
+
+
+def oracle_mask(delta: Array, mask: Mask, band: Band, weight: float) -> Array:
     """What `masked_delta` promises, in float64 and from NumPy's own generator."""
-    kept = trimmed(delta, density) & (np.abs(delta) > np.float32(mask.floor))
+    last, first = (int(share * delta.size) for share in band)
+    kept = leading(delta, last) & ~leading(delta, first)
+    kept &= np.abs(delta) > np.float32(mask.floor)
     if mask.density < 1.0:
-        key = np.array([mask.key % 2**64, mask.key >> 64], dtype=np.uint64)
-        words = np.random.Philox(key=key).random_raw(delta.size // 2 + 4)
-        kept &= words.view(np.uint32)[: delta.size] < mask.density * 2**32
+        kept &= random_numbers(mask.key, delta.size) < mask.density * 2**32
     clip = float(np.float32(mask.clip))
-    factor = float(np.float32(weight / mask.density))
+    rescale = 1 / mask.density if mask.rescale is None else mask.rescale
+    factor = float(np.float32(weight * rescale))
     return np.where(kept, np.clip(delta, -clip, clip), 0.0) * factor
 
 
 KEY = drop_key(7, "layers.0.weight", 1)
 MASKS = {
-    "nothing": (Mask(), 1.0),
-    "floor": (Mask(floor=0.002), 1.0),
-    "floor zero": (Mask(floor=0.0), 1.0),
-    "clip": (Mask(clip=0.01), 1.0),
-    "drop": (Mask(density=0.3, key=KEY), 1.0),
-    "trim": (Mask(), 0.4),
-    "trim to nothing": (Mask(), 0.0),
-    "everything": (Mask(floor=0.001, clip=0.05, density=0.75, key=KEY), 0.6),
+    "nothing": (Mask(), (1.0, 0.0)),
+    "floor": (Mask(floor=0.002), (1.0, 0.0)),
+    "floor zero": (Mask(floor=0.0), (1.0, 0.0)),
+    "clip": (Mask(clip=0.01), (1.0, 0.0)),
+    "drop": (Mask(density=0.3, key=KEY), (1.0, 0.0)),
+    "drop, rescaled": (Mask(density=0.3, key=KEY, rescale=1.7), (1.0, 0.0)),
+    "trim": (Mask(), (0.4, 0.0)),
+    "trim to nothing": (Mask(), (0.0, 0.0)),
+    "band": (Mask(), (0.9, 0.3)),
+    "no band": (Mask(), (0.5, 0.5)),
+    "everything": (Mask(floor=0.001, clip=0.05, density=0.75, key=KEY), (0.6, 0.05)),
 }
 
 
-def make_mask(case: str, base: torch.Tensor, expert: torch.Tensor) -> tuple[Mask, float]:
-    mask, density = MASKS[case]
-    if density == 1.0:
-        return mask, density
-    ((threshold, cut),) = mask_reference.trim(base, [expert], density)
-    values = {**vars(mask), "threshold": threshold, "cut": cut}
-    return Mask(**values), density
+def make_mask(case: str, base: torch.Tensor, expert: torch.Tensor) -> tuple[Mask, Band]:
+    mask, band = MASKS[case]
+    if band == (1.0, 0.0):
+        return mask, band
+    kept = [int(share * base.numel()) for share in band]
+    (threshold, cut), (ceiling, ceiling_cut) = mask_reference.trim(base, [expert] * 2, kept)
+    ends = {"threshold": threshold, "cut": cut, "ceiling": ceiling, "ceiling_cut": ceiling_cut}
+    return replace(mask, **ends), band
 
 
 @pytest.mark.parametrize("module", [mask_reference, mask_kernel])
@@ -213,9 +234,9 @@ def make_mask(case: str, base: torch.Tensor, expert: torch.Tensor) -> tuple[Mask
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masks_against_the_oracle(case: str, dtype: torch.dtype, module: ModuleType) -> None:
     base, (expert,) = family((70, 131), dtype, 1)
-    mask, density = make_mask(case, base, expert)
+    mask, band = make_mask(case, base, expert)
     found = module.masked_delta(base, expert, mask, weight=-0.7)
-    expected = oracle_mask(exact(base, expert), mask, density, -0.7)
+    expected = oracle_mask(exact(base, expert), mask, band, -0.7)
     error = np.abs(found.double().numpy().ravel() - expected)
     assert (error <= EPS * np.abs(expected)).all()
     high, low = module.split_delta(base, expert, mask, weight=-0.7)
@@ -246,14 +267,117 @@ def test_trim_keeps_the_largest_and_of_equals_the_first(density: float, dtype: t
     base, experts = family((70, 131), dtype)
     experts.append(base.clone())
     experts.append(base + 1)
-    found = mask_reference.trim(base, experts, density)
-    for expert, (threshold, cut) in zip(experts, found, strict=True):
+    # One number each: all and none are not counted, and must not shift the others.
+    experts.append(experts[0])
+    share = int(density * base.numel())
+    numbers = [share, base.numel(), 1, share, share, 0]
+    found = mask_reference.trim(base, experts, numbers)
+    for expert, number, (threshold, cut) in zip(experts, numbers, found, strict=True):
         kept = mask_reference.masked_delta(base, expert, Mask(threshold=threshold, cut=cut))
         delta = (expert.to(kept.dtype) - base.to(kept.dtype)).double().numpy().ravel()
-        expected = np.where(trimmed(delta, density), delta, 0.0)
+        expected = np.where(leading(delta, number), delta, 0.0)
         assert np.array_equal(kept.double().numpy().ravel(), expected)
     if dtype != torch.float64:
-        assert mask_kernel.trim(base, experts, density) == found
+        assert mask_kernel.trim(base, experts, numbers) == found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3 * BLOCK + 5,)])
+def test_masked_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The kernel's sums are the reference's to the bit: rescaled methods hang on them."""
+    base, experts = family(shape, dtype, 4)
+    experts[3] = base.clone()
+    cases = ("everything", "drop", "nothing", "band")
+    masks = [make_mask(case, base, e)[0] for case, e in zip(cases, experts, strict=True)]
+    found = mask_reference.masked_norms(base, experts, masks)
+    assert mask_kernel.masked_norms(base, experts, masks) == found
+    for case, expert, mask, (whole, left) in zip(cases, experts, masks, found, strict=True):
+        delta = exact(base, expert)
+        kept = oracle_mask(delta, replace(mask, rescale=1.0), MASKS[case][1], 1.0)
+        assert whole == pytest.approx(np.abs(delta).sum(), rel=2.0**-27)
+        assert left == pytest.approx(np.abs(kept).sum(), rel=2.0**-27)
+
+
+@pytest.mark.parametrize("unit", [1e-45, 1e-38, 1e-30, 1.0, 1e30, 3e38])
+def test_masked_norms_of_any_size(unit: float) -> None:
+    expert = torch.linspace(-1, 1, 5000) * unit
+    given = (torch.zeros(5000), [expert], [Mask()])
+    found = mask_reference.masked_norms(*given)
+    assert mask_kernel.masked_norms(*given) == found
+    total = float(expert.double().abs().sum())
+    assert found[0] == (pytest.approx(total, rel=2.0**-27),) * 2
+    assert mask_reference.masked_norms(given[0].double(), [expert.double()], given[2]) == found
+
+
+def test_masked_norms_of_no_entries_are_zero() -> None:
+    assert masked_norms(torch.zeros(0), [torch.zeros(0)], [Mask(density=0.5)]) == [(0.0, 0.0)]
+
+
+def rank_oracle(
+    base: torch.Tensor, expert: torch.Tensor, density: float, epsilon: float
+) -> NDArray[np.bool_]:
+    """Whether an entry is kept, from ranks by a stable sort and NumPy's generator."""
+    columns = base.shape[-1]
+    delta = exact(base, expert).reshape(-1, columns)
+    ranks = np.abs(delta).argsort(-1, kind="stable").argsort(-1, kind="stable")
+    share = ranks / (columns - 1) if columns > 1 else np.full(delta.shape, 0.5)
+    probability = density - epsilon + 2 * epsilon * share.ravel()
+    numbers = random_numbers(KEY, delta.size)
+    clear = np.abs(numbers - probability * 2.0**32) > 1
+    assert clear.all()
+    return numbers < probability * 2.0**32
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.3), (0.2, 0.0), (0.9, 0.09)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 5, 7)])
+def test_rank_drop(
+    shape: tuple[int, ...], dtype: torch.dtype, density: float, epsilon: float
+) -> None:
+    base, (expert,) = family(shape, dtype, 1)
+    given = {"density": density, "epsilon": epsilon, "key": KEY}
+    kept = torch.from_numpy(rank_oracle(base, expert, density, epsilon)).view(base.shape)
+    before = expert.clone()
+    expected = torch.where(kept, expert, base)
+    for module in (rank_reference, rank_kernel):
+        found = module.rank_drop(base, expert, **given)
+        assert torch.equal(found, expected)
+        assert torch.equal(expert, before)
+    wide = rank_reference.rank_drop(base.double(), expert.double(), **given)
+    assert torch.equal(wide, expected.double())
+    mixed = rank_drop(base, expert.float(), **given)
+    assert torch.equal(mixed, expected.float())
+
+
+def test_rank_drop_keeps_the_large_more_often() -> None:
+    rows, columns = 4000, 9
+    expert = torch.arange(1.0, columns + 1).expand(rows, -1)
+    found = rank_drop(torch.zeros(rows, columns), expert, density=0.5, epsilon=0.4, key=KEY)
+    share = (found != 0).double().mean(0)
+    expected = torch.linspace(0.1, 0.9, columns, dtype=torch.float64)
+    assert bool(((share - expected).abs() < 5 * (expected * (1 - expected) / rows).sqrt()).all())
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.1, 0.1), (0.9, 0.1), (0.5, -0.1), (1.0, 0.0)])
+def test_rank_drop_refuses_probabilities_out_of_range(density: float, epsilon: float) -> None:
+    with pytest.raises(ValueError, match=r"expected both ends in \(0, 1\)"):
+        rank_drop(torch.zeros(3), torch.ones(3), density=density, epsilon=epsilon, key=0)
+
+
+@pytest.mark.parametrize("columns", [1, 50, 70 * 50])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_gram(dtype: torch.dtype, columns: int) -> None:
+    """Rows that fit a chunk, and rows that are cut."""
+    base, experts = family((70, 50), dtype)
+    wide = [tensor.double().view(-1, columns) for tensor in (base, *experts)]
+    deltas = torch.stack([tensor - wide[0] for tensor in wide[1:]], 1)
+    found = gram(experts, base=base, columns=columns)
+    assert torch.allclose(found, deltas @ deltas.mT, rtol=1e-12, atol=0)
+    whole = torch.stack(wide[1:], 1)
+    found = gram([expert.T for expert in experts], columns=base.numel())
+    total = (whole @ whole.mT).sum(0, keepdim=True)
+    assert torch.allclose(found, total, rtol=1e-12, atol=1e-9)
+    assert torch.equal(gram([base[:0]], columns=50), torch.zeros(1, 1, 1).double())
 
 
 def test_a_drop_keeps_its_share_and_its_mean() -> None:
@@ -289,9 +413,12 @@ def test_a_mask_does_not_depend_on_the_pieces() -> None:
 def test_no_density_outside_its_range(density: float) -> None:
     with pytest.raises(ValueError, match="expected 0 < density <= 1"):
         Mask(density=density)
-    if density != 0.0:
-        with pytest.raises(ValueError, match="expected 0 <= density <= 1"):
-            trim(torch.zeros(3), [torch.ones(3)], density)
+
+
+@pytest.mark.parametrize("kept", [-1, 4])
+def test_no_more_entries_than_there_are(kept: int) -> None:
+    with pytest.raises(ValueError, match="expected numbers from 0 to 3"):
+        trim(torch.zeros(3), [torch.ones(3)], [kept])
 
 
 def masks_for(case: str, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> list[Mask] | None:
@@ -307,16 +434,16 @@ def oracle_terms(
     weights = [float(np.float32(w)) for w in WEIGHTS]
     if masks is None:
         return np.stack([w * exact(base, e) for w, e in zip(weights, experts, strict=True)])
-    density = MASKS[case][1]
+    band = MASKS[case][1]
     return np.stack(
         [
-            oracle_mask(exact(base, expert), mask, density, weight)
+            oracle_mask(exact(base, expert), mask, band, weight)
             for expert, mask, weight in zip(experts, masks, WEIGHTS, strict=True)
         ]
     )
 
 
-COMBINED = ["none", "everything"]
+COMBINED = ["none", "band", "everything"]
 
 
 @pytest.mark.parametrize("module", [consensus_reference, consensus_kernel])
@@ -398,7 +525,16 @@ def test_kernels_take_views(view: str) -> None:
         mask_kernel.masked_delta(base, experts[0], mask),
         mask_kernel.masked_delta(plain, copies[0], mask),
     )
-    assert mask_kernel.trim(base, experts, 0.3) == mask_kernel.trim(plain, copies, 0.3)
+    kept = [base.numel() // 3] * 3
+    assert mask_kernel.trim(base, experts, kept) == mask_kernel.trim(plain, copies, kept)
+    masks = [mask] * 3
+    found = mask_kernel.masked_norms(base, experts, masks)
+    assert found == mask_kernel.masked_norms(plain, copies, masks)
+    given = {"density": 0.5, "epsilon": 0.2, "key": KEY}
+    assert torch.equal(
+        rank_kernel.rank_drop(base, experts[0], **given),
+        rank_kernel.rank_drop(plain, copies[0], **given),
+    )
     given = {"scale": 0.5, "out_dtype": torch.float32}
     assert torch.equal(
         consensus_kernel.weighted_deltas(base, experts, WEIGHTS, **given),
@@ -419,7 +555,12 @@ def test_references_take_views_and_nothing(view: str) -> None:
     base, experts = VIEWS[view](base), [VIEWS[view](expert) for expert in experts]
     plain, copies = base.contiguous(), [expert.contiguous() for expert in experts]
     assert delta_stats(base, experts) == delta_stats(plain, copies)
-    assert trim(base, experts, 0.5) == trim(plain, copies, 0.5)
+    kept = [base.numel() // 2] * 3
+    assert trim(base, experts, kept) == trim(plain, copies, kept)
+    masks = [Mask(density=0.5, key=KEY)] * 3
+    assert masked_norms(base, experts, masks) == masked_norms(plain, copies, masks)
+    ranked = rank_drop(base, experts[0], density=0.5, epsilon=0.2, key=KEY)
+    assert torch.equal(ranked, rank_drop(plain, copies[0], density=0.5, epsilon=0.2, key=KEY))
     assert torch.equal(masked_delta(base, experts[0]), masked_delta(plain, copies[0]))
     assert split_delta(base, experts[0])[0].shape == base.shape
     given = {"scale": 0.5, "out_dtype": torch.float16}
@@ -490,7 +631,10 @@ def test_other_shapes_are_refused_by_both() -> None:
     given = {"scale": 1.0, "out_dtype": torch.float32}
     for call in (
         lambda: delta_stats(base, other),
-        lambda: trim(base, other, 0.5),
+        lambda: trim(base, other, [1]),
+        lambda: masked_norms(base, other, [Mask()]),
+        lambda: rank_drop(base, other[0], density=0.5, epsilon=0.2, key=0),
+        lambda: gram(other, base=base, columns=1),
         lambda: masked_delta(base, other[0]),
         lambda: split_delta(base, other[0]),
         lambda: weighted_deltas(base, other, [1.0], **given),
@@ -533,7 +677,7 @@ def test_numbers_outside_their_range_are_refused(sigma: float) -> None:
         elected_deltas(base, experts, [1.0], elect="Sum", **given)
     for module in (mask_reference, mask_kernel):
         with pytest.raises(ValueError, match="holds NaN"):
-            module.trim(torch.zeros(6), [torch.tensor([1.0, math.nan] * 3)], 0.34)
+            module.trim(torch.zeros(6), [torch.tensor([1.0, math.nan] * 3)], [2])
 
 
 def test_rank_zero_is_the_base() -> None:
@@ -596,7 +740,8 @@ def test_entries_past_two_to_the_31(last_program: Callable[[int], None]) -> None
     base, expert = (torch.empty(count, dtype=torch.bfloat16) for _ in range(2))
     origin = torch.arange(rest) % 50
     base[-rest:], expert[-rest:] = origin, 3 * origin
-    mask, dtype = Mask(threshold=40.0, cut=count - 50, density=0.5, key=KEY), torch.bfloat16
+    ends = {"threshold": 40.0, "cut": count - 50, "ceiling": 90.0, "ceiling_cut": count - 50}
+    mask, dtype = Mask(**ends, density=0.5, key=KEY), torch.bfloat16
     expected = mask_reference.apply_mask(2.0 * origin, mask, count - rest, 1.0)
 
     last_program(count // (elementwise.BLOCK // 2) + 1)

@@ -14,6 +14,7 @@ import pytest
 
 import resm_kernels
 from resm_kernels.cli import main
+from resm_kernels.methods import METHODS
 from tests.checkpoints import save_family
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_methods_lists_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"linear", "task_arithmetic", "tsvm", "iso_c", "iso_cts", "resm"}
+    assert set(found) == set(METHODS)
     assert found["resm"]["parameters"]["sigma"]["default"] == 3.0
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out

@@ -435,8 +435,7 @@ def trim_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
     from resm_kernels.ops.mask import kernel
 
     base, experts = family(shape, dtype, device)
-    density = 0.2
-    kept = int(density * base.numel())
+    kept = int(0.2 * base.numel())
 
     def check(found: list[tuple[float, int]]) -> None:
         for expert, (threshold, cut) in zip(experts, found, strict=True):
@@ -453,12 +452,41 @@ def trim_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device)
     return Case(
         name,
         shape,
-        lambda: kernel.trim(base, experts, density),
+        lambda: kernel.trim(base, experts, [kept] * len(experts)),
         check,
         plain,
         (base, experts),
         # The passes that every input takes; those of an expert with ties come on top.
         len(kernel.DIGITS) * (EXPERTS + 1) * base.nbytes,
+    )
+
+
+def norms_case(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    from resm_kernels.ops.mask import kernel
+
+    base, experts = family(shape, dtype, device)
+    masks = [TRIM] * EXPERTS
+
+    def check(found: list[tuple[float, float]]) -> None:
+        if found != mask_reference.masked_norms(base, experts, masks):
+            raise Wrong("sums of magnitudes differ from the reference's")
+
+    def plain(base: torch.Tensor, experts: Tensors) -> torch.Tensor:
+        rows = []
+        for expert in experts:
+            value = expert.float() - base
+            whole = value.abs().sum()
+            rows.append(torch.stack((whole, plain_masked(value, TRIM).abs().sum())))
+        return torch.stack(rows).cpu()
+
+    return Case(
+        name,
+        shape,
+        lambda: kernel.masked_norms(base, experts, masks),
+        check,
+        plain,
+        (base, experts),
+        (EXPERTS + 1) * base.nbytes,
     )
 
 
@@ -563,6 +591,7 @@ ELEMENTWISE: dict[str, Callable[..., Case]] = {
     "masked_delta drop": functools.partial(mask_case, DROP, False),
     "split_delta": functools.partial(mask_case, PLAIN, True),
     "trim": trim_case,
+    "masked_norms": norms_case,
     "weighted_sum": sum_case,
     "weighted_deltas": functools.partial(deltas_case, PLAIN),
     "weighted_deltas trim": functools.partial(deltas_case, TRIM),

@@ -12,9 +12,11 @@ import torch
 
 from resm_kernels.errors import NumericsError, UsageError
 from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_deltas
+from resm_kernels.methods.averaging import MODEL_STOCK, PASSTHROUGH, SLERP
 from resm_kernels.methods.base import Merged, Method, Option, matches
 from resm_kernels.methods.inputs import Inputs
 from resm_kernels.methods.matrices import Split, split_declines, split_rule
+from resm_kernels.methods.sparsifying import SPARSIFYING
 from resm_kernels.methods.spectral import ISO_C, ISO_CTS, RESM, TSVM
 from resm_kernels.ops.dtypes import full_float32
 from resm_kernels.ops.launch import on_kernels
@@ -33,7 +35,19 @@ __all__ = [
 ]
 
 METHODS: dict[str, Method[Any]] = {
-    method.name: method for method in (LINEAR, TASK_ARITHMETIC, TSVM, ISO_C, ISO_CTS, RESM)
+    method.name: method
+    for method in (
+        LINEAR,
+        SLERP,
+        MODEL_STOCK,
+        PASSTHROUGH,
+        TASK_ARITHMETIC,
+        *SPARSIFYING,
+        TSVM,
+        ISO_C,
+        ISO_CTS,
+        RESM,
+    )
 }
 
 
@@ -100,11 +114,20 @@ def merge_weight(
 
     Raises
     ------
+    UsageError
+        Where the method does not merge this number of experts.
     NumericsError
         Where memory runs out, or a factorisation does not converge.
     """
     base = inputs.base
     where = f"tensor {inputs.name!r} {list(base.shape)}"
+    fewest, most = method.experts
+    if not fewest <= len(weights) <= (most or len(weights)):
+        raise UsageError(
+            f"{where}: {method.name} does not merge this number of models",
+            got=f"{len(weights)} beside the base" if method.uses_base else str(len(weights)),
+            expected=str(fewest) if most == fewest else f"at least {fewest}",
+        )
     try:
         with full_float32:
             if split is None:

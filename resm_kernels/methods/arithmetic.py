@@ -61,17 +61,21 @@ def _task_arithmetic(
     options: TaskArithmeticOptions,
     out_dtype: torch.dtype,
 ) -> Merged:
-    total = sum(weights)
-    divisor = total if options.normalize and abs(total) >= 1e-8 else 1.0
     tensor = weighted_deltas(
         inputs.base,
         inputs.whole(),
         weights,
         scale=options.lambda_,
-        divisor=divisor,
+        divisor=divisor_of(weights, options.normalize),
         out_dtype=out_dtype,
     )
     return Merged(tensor, "task_arithmetic", weights=tuple(weights))
+
+
+def divisor_of(weights: Sequence[float], normalize: bool) -> float:
+    """The sum of the weights, 1 where that vanishes or nothing is normalised."""
+    total = sum(weights)
+    return total if normalize and abs(total) >= 1e-8 else 1.0
 
 
 def mean_of_deltas(

@@ -17,6 +17,8 @@ EXACT = {"enable_fp_fusion": False}
 """Compile option: a product and a sum round twice, as in plain torch, so the bytes are the same."""
 EVEN = 16
 """A count of whole groups of this many entries lets masked loads be 16 bytes wide."""
+LARGEST_UNIT = tl.constexpr(253 << 23)
+"""Bits of 2**126, the largest power of two whose inverse is a normal float32."""
 
 
 @triton.jit
@@ -47,6 +49,13 @@ def expert_of(expert_table, t, base_ptr):
     """The pointer to expert t: 16-byte aligned, of the base's dtype."""
     address = tl.load(expert_table + t)
     return tl.multiple_of(address.to(tl.pointer_type(base_ptr.dtype.element_ty)), 16)
+
+
+@triton.jit
+def unit_of(largest):
+    """Bits of the largest power of two in a magnitude, and the inverse of that power."""
+    bits = tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, LARGEST_UNIT)
+    return bits, ((254 << 23) - bits).to(tl.float32, bitcast=True)
 
 
 def launch(

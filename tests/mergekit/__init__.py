@@ -1,1 +1,1 @@
-"""Outputs of mergekit 0.1.5 on small checkpoints, recorded by `record.py`."""
+"""Outputs of mergekit 0.1.5 on small checkpoints and weights, recorded by `record.py`."""

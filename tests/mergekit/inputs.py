@@ -70,6 +70,102 @@ RECIPES = {
         ],
         "parameters": {"normalize": True},
     },
+    "ties": {
+        "merge_method": "ties",
+        "base_model": "fine-base",
+        "models": [
+            {"model": "fine-a", "parameters": {"weight": 0.5, "density": 0.5}},
+            {"model": "fine-b", "parameters": {"weight": 0.3, "density": [0.2, 0.9]}},
+            {"model": "fine-c", "parameters": {"weight": 0.9, "density": 0.0001}},
+        ],
+        "parameters": {"lambda": 0.8, "int8_mask": True},
+    },
+    "ties_rescaled": {
+        "merge_method": "ties",
+        "base_model": "fine-base",
+        "models": [
+            {"model": "fine-a", "parameters": {"weight": 0.6, "density": 0.4}},
+            {"model": "fine-b", "parameters": {"weight": -0.4, "density": 0.7}},
+            {"model": "fine-c", "parameters": {"weight": 0.0, "density": 1.0}},
+        ],
+        "parameters": {"normalize": False, "rescale": True},
+    },
+    "breadcrumbs": {
+        "merge_method": "breadcrumbs",
+        "base_model": "fine-base",
+        "models": [
+            {"model": "fine-a", "parameters": {"weight": 0.5, "density": 0.6}},
+            {"model": "fine-b", "parameters": {"weight": [0.1, 0.9], "density": 0.3, "gamma": 0.1}},
+            {"model": "fine-c", "parameters": {"weight": -0.2, "density": 0.9, "gamma": 0.3}},
+        ],
+    },
+    "breadcrumbs_rescaled": {
+        "merge_method": "breadcrumbs",
+        "base_model": "fine-base",
+        "models": [
+            {"model": "fine-a", "parameters": {"weight": 0.5, "density": 0.6}},
+            {"model": "fine-b", "parameters": {"weight": 0.7, "density": 1.0}},
+        ],
+        "parameters": {"normalize": True, "rescale": True, "gamma": 0.05},
+    },
+    "breadcrumbs_ties": {
+        "merge_method": "breadcrumbs_ties",
+        "base_model": "fine-base",
+        "models": [
+            {"model": "fine-a", "parameters": {"weight": 0.5, "density": 0.6}},
+            {"model": "fine-b", "parameters": {"weight": 0.4, "density": 0.5, "gamma": 0.0}},
+            {
+                "model": "fine-c",
+                "parameters": {"weight": 0.7, "gamma": [{"filter": "mlp", "value": 0.2}]},
+            },
+        ],
+        "parameters": {"density": [0.3, 0.8], "lambda": 1.5},
+    },
+    "model_stock": {
+        "merge_method": "model_stock",
+        "base_model": "fine-base",
+        "models": [{"model": "fine-a"}, {"model": "fine-b"}, {"model": "fine-c"}],
+    },
+    "model_stock_filter_wise": {
+        "merge_method": "model_stock",
+        "base_model": "base",
+        "models": [{"model": "a"}, {"model": "b"}],
+        "parameters": {"filter_wise": True},
+    },
+    "slerp": {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "models": [{"model": "base"}, {"model": "far"}],
+        "parameters": {
+            "t": [
+                {"filter": "self_attn", "value": [0.0, 0.5, 0.3]},
+                {"filter": "mlp", "value": [1.0, 0.1]},
+                {"value": 0.5},
+            ]
+        },
+    },
+    "slerp_near": {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "models": [{"model": "base"}, {"model": "a"}],
+        "parameters": {"t": 0.3},
+    },
+    "passthrough": {
+        "merge_method": "passthrough",
+        "models": [
+            {
+                "model": "a",
+                "parameters": {
+                    "scale": [
+                        {"filter": "o_proj", "value": 0.0},
+                        {"filter": "mlp", "value": [-0.5, 1.5]},
+                        {"value": 1.0},
+                    ]
+                },
+            }
+        ],
+    },
+    "passthrough_plain": {"merge_method": "passthrough", "models": [{"model": "b"}]},
 }
 
 
@@ -91,7 +187,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_inputs(folder: Path) -> None:
-    """Write base, a, b and c as bfloat16 checkpoints; the same bytes on every machine."""
+    """Write the checkpoints; the same bytes on every machine.
+
+    base, a, b and c are bfloat16; `fine-` ones float32, where no two changes of a tensor are of
+    one magnitude (mergekit's sorts are not stable); far is another bfloat16 model.
+    """
     weights = {
         name: np.random.default_rng(i).integers(-1000, 1000, shape).astype(np.float32) / 2e4
         for i, (name, shape) in enumerate(shapes().items())
@@ -102,6 +202,24 @@ def write_inputs(folder: Path) -> None:
             noise = np.random.default_rng(1000 * m + i).integers(-1000, 1000, weight.shape)
             change = noise.astype(np.float32) / 2e5 if m else np.float32(0)
             state[name] = torch.from_numpy(weight + change).to(torch.bfloat16)
-        (folder / model).mkdir()
-        save_file(state, folder / model / "model.safetensors", metadata={"format": "pt"})
-        (folder / model / "config.json").write_text(json.dumps(CONFIG))
+        _write(folder / model, state)
+    for m, model in enumerate(("fine-base", "fine-a", "fine-b", "fine-c")):
+        state = {}
+        for i, (name, weight) in enumerate(weights.items()):
+            dice = np.random.default_rng(5000 * m + i)
+            size = dice.permutation(weight.size).reshape(weight.shape) + np.float32(1)
+            signed = np.where(dice.integers(0, 2, weight.shape), size, -size)
+            change = (signed * (1e-2 / weight.size) if m else 0 * size).astype(np.float32)
+            state[name] = torch.from_numpy(weight + change)
+        _write(folder / model, state)
+    far = {
+        name: np.random.default_rng(9000 + i).integers(-1000, 1000, shape).astype(np.float32) / 2e4
+        for i, (name, shape) in enumerate(shapes().items())
+    }
+    _write(folder / "far", {k: torch.from_numpy(v).to(torch.bfloat16) for k, v in far.items()})
+
+
+def _write(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))

@@ -11,7 +11,7 @@ import triton.language as tl
 from resm_kernels.ops.consensus.reference import NO_WEIGHT, Election
 from resm_kernels.ops.elementwise import block_of, expert_of, launch, load
 from resm_kernels.ops.launch import addresses, flat_inputs
-from resm_kernels.ops.mask.kernel import mask_tables, masked
+from resm_kernels.ops.mask.kernel import FLOATS, INTS, mask_tables, masked
 from resm_kernels.ops.mask.mask import Mask
 
 
@@ -40,9 +40,9 @@ def _sum_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for t in range(experts):
         value = load(expert_of(expert_table, t, base_ptr) + first, lanes, inside) - base  # [BLOCK]
-        floats = floats_ptr + 5 * t
+        floats = floats_ptr + FLOATS * t
         if MASKED:
-            total += masked(value, first, lanes, floats, ints_ptr + 4 * t, DROP, BLOCK)
+            total += masked(value, first, lanes, floats, ints_ptr + INTS * t, DROP, BLOCK)
         elif DELTAS:
             total += value * tl.load(floats + 4)
         else:
@@ -81,10 +81,10 @@ def _elect_kernel(
     falling_weight = tl.zeros([BLOCK], tl.float32)
     for t in range(experts):
         delta = load(expert_of(expert_table, t, base_ptr) + first, lanes, inside) - base
-        floats = floats_ptr + 5 * t
+        floats = floats_ptr + FLOATS * t
         weight = tl.load(floats + 4)
         if MASKED:
-            delta = masked(delta, first, lanes, floats, ints_ptr + 4 * t, DROP, BLOCK)
+            delta = masked(delta, first, lanes, floats, ints_ptr + INTS * t, DROP, BLOCK)
         else:
             delta = delta * weight
         sign = tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, 0.0))

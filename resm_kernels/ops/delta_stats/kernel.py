@@ -9,21 +9,21 @@ import triton
 import triton.language as tl
 
 from resm_kernels.ops.delta_stats.stats import DeltaStats, from_rows
-from resm_kernels.ops.elementwise import EXACT, SUMMED, WARPS, block_of, expert_of, launch, load
+from resm_kernels.ops.elementwise import (
+    EXACT,
+    SUMMED,
+    WARPS,
+    block_of,
+    expert_of,
+    launch,
+    load,
+    unit_of,
+)
 from resm_kernels.ops.launch import addresses, flat_inputs
 
-LARGEST_UNIT = tl.constexpr(253 << 23)
-"""Bits of 2**126, the largest power of two whose inverse is a normal float32."""
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 LANES = 1024
 """Blocks whose moments one step sums."""
-
-
-@triton.jit
-def _unit_of(largest):
-    """Bits of the largest power of two in a magnitude, and the inverse of that power."""
-    bits = tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, LARGEST_UNIT)
-    return bits, ((254 << 23) - bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["count", "experts"])
@@ -47,7 +47,7 @@ def _moments_kernel(
         a = tl.abs(expert - base)
         largest = tl.max(a)
         # Sums are of |D| in units of the block's largest power of two: squares stay in range.
-        unit_bits, inverse = _unit_of(largest)
+        unit_bits, inverse = unit_of(largest)
         scaled = a * inverse
         unit = unit_bits.to(tl.float32, bitcast=True).to(tl.float64)
         unit = tl.where(unit_bits == 0, 2.0**-127, unit)
@@ -105,7 +105,7 @@ def _limits_kernel(
     threshold = tl.where(threshold < LARGEST, threshold, LARGEST)
     floor = tl.where(floor < LARGEST, floor, LARGEST)
     most = tl.max(largest)
-    _, inverse = _unit_of(most.to(tl.float32))
+    _, inverse = unit_of(most.to(tl.float32))
     tl.store(limits_ptr + 3 * t, threshold.to(tl.float32))
     tl.store(limits_ptr + 3 * t + 1, floor.to(tl.float32))
     tl.store(limits_ptr + 3 * t + 2, inverse)

@@ -11,7 +11,7 @@ from resm_kernels.ops.launch import on_kernels
 from resm_kernels.ops.mask import reference
 from resm_kernels.ops.mask.mask import Mask, drop_key
 
-__all__ = ["Mask", "drop_key", "masked_delta", "split_delta", "trim"]
+__all__ = ["Mask", "drop_key", "masked_delta", "masked_norms", "split_delta", "trim"]
 
 
 def masked_delta(
@@ -45,7 +45,8 @@ def masked_delta(
     Notes
     -----
     Reads both inputs and writes the output once. Source: magnitude trim, TIES (arXiv
-    2306.01708); random drop, DARE (arXiv 2311.03099); noise floor, design section 2.
+    2306.01708); band below a ceiling, Breadcrumbs (arXiv 2312.06795); random drop, DARE (arXiv
+    2311.03099); noise floor, design section 2.
     """
     check_alike((base, expert))
     if on_kernels((base, expert), out_dtype or torch.float32):
@@ -73,8 +74,36 @@ def split_delta(
     return reference.split_delta(base, expert, mask, weight=weight)
 
 
+def masked_norms(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], masks: Sequence[Mask]
+) -> list[tuple[float, float]]:
+    """sum |D_t| of every expert, and the same of what its mask keeps, before it is rescaled.
+
+    Parameters
+    ----------
+    base, experts : Tensor
+        One shape and device, any float dtypes; strided views are accepted.
+    masks : sequence of Mask
+        One per expert; `rescale` plays no part.
+
+    Returns
+    -------
+    list of (float, float)
+        Relative error at most 2**-27 (typically 2**-36): in every block of 4096 entries, numbered
+        through the flat tensor, magnitudes are cut off at 2**-39 of the largest's power of two
+        and summed without rounding; the sum over blocks is rounded once. The same numbers on CPU
+        and GPU, whatever the chunk.
+    """
+    check_alike((base, *experts))
+    if on_kernels((base, *experts)):
+        from resm_kernels.ops.mask import kernel
+
+        return kernel.masked_norms(base, experts, masks)
+    return reference.masked_norms(base, experts, masks)
+
+
 def trim(
-    base: torch.Tensor, experts: Sequence[torch.Tensor], density: float
+    base: torch.Tensor, experts: Sequence[torch.Tensor], kept: Sequence[int]
 ) -> list[tuple[float, int]]:
     """The `threshold` and `cut` of a `Mask` that keeps the largest entries of every delta.
 
@@ -82,21 +111,22 @@ def trim(
     ----------
     base, experts : Tensor
         One shape and device, any float dtypes.
-    density : float
-        int(density * n) of the n entries of each delta are kept, in [0, 1]; of equal magnitudes
-        those that come first.
+    kept : sequence of int
+        How many of the n entries of each delta are kept, in [0, n]; of equal magnitudes those
+        that come first.
 
     Returns
     -------
     list of (float, int)
-        Per expert; exact order statistics, found by counting bit patterns, without a sort.
-        ValueError where the threshold would be NaN.
+        Per expert; exact order statistics, found by counting bit patterns, without a sort. As
+        `ceiling` and `ceiling_cut` they take out the same entries. ValueError where the threshold
+        would be NaN.
     """
-    if not 0.0 <= density <= 1.0:
-        raise ValueError(f"density {density}, expected 0 <= density <= 1")
     check_alike((base, *experts))
+    if not all(0 <= number <= base.numel() for number in kept):
+        raise ValueError(f"kept {list(kept)}, expected numbers from 0 to {base.numel()}")
     if on_kernels((base, *experts)):
         from resm_kernels.ops.mask import kernel
 
-        return kernel.trim(base, experts, density)
-    return reference.trim(base, experts, density)
+        return kernel.trim(base, experts, kept)
+    return reference.trim(base, experts, kept)

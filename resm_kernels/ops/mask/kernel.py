@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from resm_kernels.ops.elementwise import SUMMED, before, block_of, expert_of, launch, load
+from resm_kernels.ops.elementwise import (
+    SUMMED,
+    before,
+    block_of,
+    expert_of,
+    launch,
+    load,
+    unit_of,
+)
 from resm_kernels.ops.launch import addresses, flat_inputs, table
-from resm_kernels.ops.mask.mask import Mask
+from resm_kernels.ops.mask.mask import BLOCK, FRACTION, Mask
 
 DIGITS = ((31, 23), (23, 15), (15, 7), (7, 0))
 """Bits [low, high) of |D|'s pattern that one pass of `trim` settles, the exponent first."""
 BINS = 256
+FLOATS, INTS = tl.constexpr(6), tl.constexpr(5)
+"""Columns of the tables of masks."""
+FRACTION_UNIT, FRACTION_BITS = tl.constexpr(2.0**FRACTION), tl.constexpr(FRACTION)
 
 
 @triton.jit
@@ -52,6 +64,9 @@ def masked(delta, first, lanes, floats_ptr, ints_ptr, DROP: tl.constexpr, BLOCK:
     clip = tl.load(floats_ptr + 2)
     cut = before(tl.load(ints_ptr), first, BLOCK)
     gone = (a < threshold) | (a <= tl.load(floats_ptr)) | ((a == threshold) & (lanes >= cut))
+    ceiling = tl.load(floats_ptr + 5)
+    gone = gone | (a > ceiling)
+    gone = gone | ((a == ceiling) & (lanes < before(tl.load(ints_ptr + 4), first, BLOCK)))
     if DROP:
         keep_below = tl.load(ints_ptr + 1).to(tl.uint32)
         key0 = tl.load(ints_ptr + 2).to(tl.uint64, bitcast=True)
@@ -84,6 +99,44 @@ def _mask_kernel(
         low = (kept - out.to(tl.float32)).to(tl.bfloat16)
         tl.store(low_ptr + first + lanes, low, mask=inside)
     tl.store(out_ptr + first + lanes, out, mask=inside)
+
+
+@triton.jit
+def _magnitudes(delta):
+    """The sum of a block's magnitudes, cut off at so many bits below the largest: no rounding."""
+    a = tl.abs(delta)
+    bits, inverse = unit_of(tl.max(a))
+    units = tl.sum((a * inverse * FRACTION_UNIT).to(tl.int64)).to(tl.float64)
+    # 2**(exponent - FRACTION) from its bits: the unit of subnormal numbers is no normal float32.
+    scale = ((bits >> 23).to(tl.int64) - 127 - FRACTION_BITS + 1023) << 52
+    return units * scale.to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["count", "experts"])
+def _norms_kernel(
+    base_ptr,
+    expert_table,
+    partial_ptr,
+    floats_ptr,
+    ints_ptr,
+    count: tl.int64,
+    experts: tl.int32,
+    DROP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Per block and expert: sum |D| before and after the mask."""
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    first, lanes, inside = block_of(count, EVEN, BLOCK)
+    base = load(base_ptr + first, lanes, inside)  # [BLOCK]
+    for t in range(experts):
+        delta = load(expert_of(expert_table, t, base_ptr) + first, lanes, inside) - base
+        floats, ints = floats_ptr + FLOATS * t, ints_ptr + INTS * t
+        out = partial_ptr + 2 * t * blocks + block
+        tl.store(out, _magnitudes(delta))
+        kept = masked(delta, first, lanes, floats, ints, DROP, BLOCK)
+        tl.store(out + blocks, _magnitudes(kept))
 
 
 @triton.jit(do_not_specialize=["count", "experts", "high", "low"])
@@ -136,19 +189,24 @@ def _ties_kernel(
 def mask_tables(
     masks: Sequence[Mask], weights: Sequence[float], count: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks as the kernels read them: float32 [T, 5] and int64 [T, 4]."""
+    """Masks as the kernels read them: float32 [T, 6] and int64 [T, 5]."""
     floats = [
-        (mask.floor, mask.threshold, mask.clip, mask.factor(weight), weight)
+        (mask.floor, mask.threshold, mask.clip, mask.factor(weight), weight, mask.ceiling)
         for mask, weight in zip(masks, weights, strict=True)
     ]
     ints = [
-        (count if mask.cut is None else mask.cut, mask.keep - 1, *_words(mask.key))
+        (
+            count if mask.cut is None else mask.cut,
+            mask.keep - 1,
+            *words(mask.key),
+            mask.ceiling_cut,
+        )
         for mask in masks
     ]
     return table(floats, torch.float32, device), table(ints, torch.int64, device)
 
 
-def _words(key: int) -> tuple[int, int]:
+def words(key: int) -> tuple[int, int]:
     """The low and the high word of a key as signed 64-bit numbers."""
     low, high = key & (2**64 - 1), key >> 64
     return low - (low >> 63 << 64), high - (high >> 63 << 64)
@@ -203,10 +261,37 @@ def _launch_mask(
     )
 
 
+def masked_norms(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], masks: Sequence[Mask]
+) -> list[tuple[float, float]]:
+    """Sums of magnitudes before and after masking; see `ops.mask`.
+
+    Notes
+    -----
+    One read of base and experts. Magnitudes are added as integers, in units of their block's
+    largest power of two, and blocks by `math.fsum`: no order of summation shows.
+    """
+    flat_base, *flat = flat_inputs((base, *experts))
+    count, device = flat_base.numel(), flat_base.device
+    blocks = triton.cdiv(count, BLOCK)
+    partial = torch.empty(len(flat), 2, blocks, dtype=torch.float64, device=device)
+    plain = [replace(mask, rescale=1.0) for mask in masks]
+    launch(
+        _norms_kernel,
+        count,
+        flat_base,
+        *(addresses(flat), partial, *mask_tables(plain, [1.0] * len(flat), count, device)),
+        *(count, len(flat)),
+        block=BLOCK,
+        DROP=any(mask.density < 1.0 for mask in masks),
+    )
+    return [(math.fsum(all_), math.fsum(kept)) for all_, kept in partial.tolist()]
+
+
 def trim(
-    base: torch.Tensor, experts: Sequence[torch.Tensor], density: float
+    base: torch.Tensor, experts: Sequence[torch.Tensor], kept: Sequence[int]
 ) -> list[tuple[float, int]]:
-    """Threshold and cut that keep the int(density * n) largest magnitudes; see `ops.mask`.
+    """Threshold and cut that keep so many of the largest magnitudes; see `ops.mask`.
 
     Notes
     -----
@@ -214,14 +299,24 @@ def trim(
     and one more of an expert whose threshold several entries have. Histograms are summed by
     integer atomics, so their order does not matter. Two synchronisations.
     """
+    count = base.numel()
+    found = [(0.0, count) if number else (math.inf, 0) for number in kept]
+    counted = [t for t, number in enumerate(kept) if 0 < number < count]
+    if counted:
+        chosen = _count_out(base, [experts[t] for t in counted], [kept[t] for t in counted])
+        for t, pair in zip(counted, chosen, strict=True):
+            found[t] = pair
+    return found
+
+
+def _count_out(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], kept: Sequence[int]
+) -> list[tuple[float, int]]:
     flat_base, *flat = flat_inputs((base, *experts))
     count, device = flat_base.numel(), flat_base.device
-    kept = int(density * count)
-    if kept in (0, count):
-        return [(0.0, count) if kept else (math.inf, 0)] * len(flat)
     experts_table = addresses(flat)
     prefix = torch.zeros(len(flat), dtype=torch.int32, device=device)
-    need = torch.full((len(flat), 1), kept, dtype=torch.int64, device=device)
+    need = table(kept, torch.int64, device)[:, None]
     ties = torch.empty_like(need)
     for high, low in DIGITS:
         histogram = torch.zeros(len(flat), BINS, dtype=torch.int64, device=device)

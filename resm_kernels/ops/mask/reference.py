@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype, scratch
-from resm_kernels.ops.mask.mask import Mask
+from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype
+from resm_kernels.ops.mask.mask import BLOCK, FRACTION, Mask
 
 DIGIT = 16
 """Bits of a magnitude's pattern that one pass of `trim` settles."""
@@ -52,7 +54,8 @@ def split_delta(
 def apply_mask(delta: torch.Tensor, mask: Mask, start: int, weight: float) -> torch.Tensor:
     """Mask and weight in place the piece of a flat delta that begins at `start`."""
     trimmed = mask.threshold > 0.0 or mask.cut is not None
-    if mask.floor >= 0.0 or trimmed:
+    capped = mask.ceiling < math.inf
+    if mask.floor >= 0.0 or trimmed or capped:
         magnitude = delta.abs()
         if trimmed:
             gone = magnitude < mask.threshold
@@ -60,43 +63,83 @@ def apply_mask(delta: torch.Tensor, mask: Mask, start: int, weight: float) -> to
                 first = max(mask.cut - start, 0)
                 gone[first:] |= magnitude[first:] == mask.threshold
             delta.masked_fill_(gone, 0.0)
+        if capped:
+            gone = magnitude > mask.ceiling
+            if mask.ceiling_cut > start:
+                last = mask.ceiling_cut - start
+                gone[:last] |= magnitude[:last] == mask.ceiling
+            delta.masked_fill_(gone, 0.0)
         if mask.floor >= 0.0:
             delta.masked_fill_(magnitude <= mask.floor, 0.0)
     if mask.clip <= torch.finfo(delta.dtype).max:
         delta.clamp_(-mask.clip, mask.clip)
     if mask.density < 1.0:
-        delta.masked_fill_(_dropped(mask, start, delta.numel()).to(delta.device), 0.0)
+        numbers = random_numbers(mask.key, start, delta.numel())
+        dropped = torch.from_numpy(numbers > mask.keep - 1)
+        delta.masked_fill_(dropped.to(delta.device), 0.0)
     factor = mask.factor(weight)
     return delta.mul_(factor) if factor != 1.0 else delta
 
 
-def _dropped(mask: Mask, start: int, count: int) -> torch.Tensor:
-    """Whether each of `count` entries from flat index `start` on is dropped, on the CPU.
+def random_numbers(key: int, start: int, count: int) -> NDArray[np.uint32]:
+    """The random 32-bit numbers of `count` entries from flat index `start` on.
 
-    Entry i takes 32-bit number i % 8 of NumPy's Philox4x64 at counter i // 8.
+    Entry i takes number i % 8 of NumPy's Philox4x64 at counter i // 8.
     """
     first = start // LANES
     stop = -(-(start + count) // LANES)
-    key = np.array([mask.key & (2**64 - 1), mask.key >> 64], dtype=np.uint64)
-    words = np.random.Philox(counter=first, key=key).random_raw((stop - first) * LANES // 2)
-    numbers = words.astype("<u8", copy=False).view("<u4")[start - first * LANES :][:count]
-    return torch.from_numpy(numbers > mask.keep - 1)
+    halves = np.array([key & (2**64 - 1), key >> 64], dtype=np.uint64)
+    words = np.random.Philox(counter=first, key=halves).random_raw((stop - first) * LANES // 2)
+    return words.astype("<u8", copy=False).view("<u4")[start - first * LANES :][:count]
 
 
-def _deltas(base: torch.Tensor, expert: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The delta in `compute_dtype`, a reused chunk at a time."""
+def _deltas(
+    base: torch.Tensor, expert: torch.Tensor, multiple: int = 1
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The delta in `compute_dtype`, a reused chunk of a multiple of so many entries at a time."""
     dtype = compute_dtype((base, expert))
     base, expert = base.reshape(-1), expert.reshape(-1)
-    buffers = [scratch(base.numel(), base, dtype) for _ in range(2)]
-    for piece in chunks(base.numel(), chunk_on(base.device.type)):
+    size = -(-chunk_on(base.device.type) // multiple) * multiple
+    buffers = [
+        torch.empty(min(base.numel(), size), dtype=dtype, device=base.device) for _ in range(2)
+    ]
+    for piece in chunks(base.numel(), size):
         delta, origin = (buffer[: piece.stop - piece.start] for buffer in buffers)
         yield piece, delta.copy_(expert[piece]).sub_(origin.copy_(base[piece]))
 
 
+def masked_norms(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], masks: Sequence[Mask]
+) -> list[tuple[float, float]]:
+    """Sums of magnitudes before and after masking; see `ops.mask`."""
+    return [_norms(base, expert, mask) for expert, mask in zip(experts, masks, strict=True)]
+
+
+def _norms(base: torch.Tensor, expert: torch.Tensor, mask: Mask) -> tuple[float, float]:
+    mask = replace(mask, rescale=1.0)
+    before, after = [], []
+    for piece, delta in _deltas(base, expert, BLOCK):
+        before += _block_sums(delta)
+        if mask != Mask(rescale=1.0):
+            after += _block_sums(apply_mask(delta, mask, piece.start, 1.0))
+    total = math.fsum(before)
+    return total, math.fsum(after) if after else total
+
+
+def _block_sums(delta: torch.Tensor) -> list[float]:
+    """sum |D| of every `BLOCK` entries: exact sums of magnitudes cut off at `FRACTION` bits."""
+    a = torch.nn.functional.pad(delta.abs(), (0, -delta.numel() % BLOCK)).view(-1, BLOCK)
+    largest = (126, 127) if a.dtype == torch.float32 else (980, 981)
+    exponent = (torch.frexp(a.amax(-1)).exponent - 1).clamp(-largest[1], largest[0])
+    unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), FRACTION - exponent)
+    wide = a.double().mul_(unit[:, None]).floor_()
+    return wide.sum(-1).div_(unit).tolist()
+
+
 def trim(
-    base: torch.Tensor, experts: Sequence[torch.Tensor], density: float
+    base: torch.Tensor, experts: Sequence[torch.Tensor], kept: Sequence[int]
 ) -> list[tuple[float, int]]:
-    """Threshold and cut that keep the int(density * n) largest magnitudes; see `ops.mask`.
+    """Threshold and cut that keep so many of the largest magnitudes; see `ops.mask`.
 
     Notes
     -----
@@ -104,8 +147,9 @@ def trim(
     time up to the cut where several entries have the threshold's magnitude.
     """
     count = base.numel()
-    kept = int(density * count)
-    return [_leading(base, expert, kept, count) for expert in experts]
+    return [
+        _leading(base, expert, number, count) for expert, number in zip(experts, kept, strict=True)
+    ]
 
 
 def _leading(base: torch.Tensor, expert: torch.Tensor, kept: int, count: int) -> tuple[float, int]:
