@@ -10,6 +10,7 @@ are those that the kernel reports of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import shutil
@@ -58,6 +59,10 @@ def run(command: Sequence[str], output: Path) -> Row:
     start = time.perf_counter()
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+        peak = 0
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            peak = max(peak, _resident(process.pid))
+            time.sleep(0.01)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         if status:
@@ -66,8 +71,15 @@ def run(command: Sequence[str], output: Path) -> Row:
     return {
         "wall_s": round(wall, 2),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_MB": round(usage.ru_maxrss * 1024 / 1e6),
+        "peak_MB": round(peak / 1e6),
     }
+
+
+def _resident(pid: int) -> int:
+    """Most bytes a process ever held; `ru_maxrss` starts from those of the process that forked."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
+        return next((int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM")), 0)
+    return 0
 
 
 def write_base(folder: Path) -> Path:
