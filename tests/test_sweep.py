@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import resm_kernels
 from resm_kernels.checkpoint.manifest import MANIFEST
@@ -15,7 +18,7 @@ from resm_kernels.cli import main
 from resm_kernels.engine import pipeline
 from resm_kernels.errors import OutputError, PlanError, ResmError, UsageError
 from resm_kernels.linalg import Solver
-from tests.checkpoints import contents, save_family
+from tests.checkpoints import contents, save, save_family
 from tests.test_merge import load
 
 METHODS = ["resm", "tsvm", "iso_c", "iso_cts", "task_arithmetic", "linear"]
@@ -70,6 +73,22 @@ def test_inputs_are_read_and_factored_once(
     reports = resm_kernels.sweep(base, experts, tmp_path / "out", "tsvm", lambdas=[0.1, 0.2, 0.3])
     assert factored == one.rules["tsvm"]
     assert {report.read_bytes for report in reports.values()} == {one.read_bytes}
+
+
+def test_nan_in_the_base_stays_with_the_outputs_that_it_enters(
+    family: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, experts = family
+    name, state = "model.layers.0.mlp.up_proj.weight", load(base)
+    state[name][0, 0] = math.nan
+    save(base, state)
+    resm_kernels.sweep(base, experts, tmp_path / "out", ["tsvm", "linear"], nonfinite="warn")
+    for method in ("tsvm", "linear"):
+        resm_kernels.merge(base, experts, tmp_path / method, method, nonfinite="warn")
+        alone, swept = (
+            load(folder)[name] for folder in (tmp_path / method, tmp_path / "out" / method)
+        )
+        assert swept.view(torch.int16).equal(alone.view(torch.int16))
 
 
 @pytest.mark.parametrize("moment", [1, 4, 9, 17])

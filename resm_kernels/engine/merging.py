@@ -41,7 +41,7 @@ class Loaded:
         self._shared = outputs > 1
         self._bad: dict[tuple[Key, ...], torch.Tensor | None] = {}
         self._aligned: dict[tuple[Key, ...], list[Value]] = {}
-        self._inputs: dict[tuple[Key, ...], Inputs] = {}
+        self._inputs: dict[tuple[bool, tuple[Key, ...]], Inputs] = {}
 
     def values(self, plan: MergePlan, tensor: PlannedTensor) -> dict[Key, Value]:
         """The tensor's sources, in order; rows of vocabulary tables as the output has them."""
@@ -73,11 +73,12 @@ class Loaded:
         keys = _keys(tensor)
         if not tensor.reads_base:
             keys = (keys[0], *keys)
-        if keys not in self._inputs or mask is not None:
+        known = tensor.base_counts, keys  # the base's own NaN and Inf are masked only if it counts
+        if known not in self._inputs:
             base, *experts = [self._placed(values[key], mask) for key in keys]
             assert isinstance(base, torch.Tensor)
-            self._inputs[keys] = Inputs(tensor.key, base, experts, shared=self._shared)
-        return self._inputs[keys]
+            self._inputs[known] = Inputs(tensor.key, base, experts, shared=self._shared)
+        return self._inputs[known]
 
     def _placed(self, value: Value, mask: torch.Tensor | None) -> Value:
         if isinstance(value, FactoredDelta):
