@@ -72,6 +72,22 @@ def test_adapters_merge_as_the_models_they_stand_for(method: str, tmp_path: Path
     assert rules == {method, "copy"} | ({"mean"} if method in METHODS[:4] else set())
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "weights"),
+    [("linear", {"normalize": False}, [0.3]), ("passthrough", {"scale": 2.0}, None)],
+)
+def test_methods_that_scale_the_base_scale_what_an_adapter_leaves_alone(
+    method: str, parameters: dict[str, object], weights: list[float] | None, tmp_path: Path
+) -> None:
+    base, adapters, wholes = family(tmp_path, target_modules=["q_proj"])
+    for name, expert in (("out", adapters[0]), ("expected", wholes[0])):
+        resm_kernels.merge(
+            base, [expert], tmp_path / name, method, parameters=parameters, weights=weights
+        )
+    found, expected = model(tmp_path / "out"), model(tmp_path / "expected")
+    assert all(torch.allclose(found[n], expected[n], rtol=1e-5, atol=1e-6) for n in expected)
+
+
 def test_factors_stay_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapters, _ = family(tmp_path, target_modules=["q_proj", "down_proj"])
     report = resm_kernels.merge(base, adapters, tmp_path / "out", "tsvm")
