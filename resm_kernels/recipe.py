@@ -36,7 +36,8 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "parameters")
 OVERRIDE_KEYS = ("filter", "merge_method", "parameters")
 OUTPUT_KEYS = ("name", "merge_method", "parameters", "lambda", "overrides")
-OUTPUT_NAME = re.compile(r"[A-Za-z0-9][\w.=+-]{0,99}")
+OUTPUT_NAME = re.compile(r"(?!.*\.partial$)[A-Za-z0-9][\w.=+-]{0,99}", re.IGNORECASE)
+"""A folder of its own: `NAME.partial` is where NAME is built."""
 NOT_YET = {
     "slices": "layer slicing is not supported; list whole models under 'models'",
     "modules": "per-module recipes are not supported; list whole models under 'models'",
@@ -350,14 +351,15 @@ def sweep_outputs(
     A method without a lambda has one output.
     """
     entries: list[dict[str, Any]] = []
-    for name in methods or [str(content.get("merge_method"))]:
+    for name in methods or [content.get("merge_method")]:
         entry = {"merge_method": name}
-        label = [name] if len(methods) > 1 else []
-        if not lambdas or (name in METHODS and "lambda" not in METHODS[name].specs):
+        label = [str(name)] if len(methods) > 1 else []
+        method = METHODS.get(name) if isinstance(name, str) else None
+        if not lambdas or (method is not None and "lambda" not in method.specs):
             entries.append({**entry, "name": name})
             continue
         entries += [
-            {**entry, "lambda": value, "name": "-".join([*label, f"lambda-{value:g}"])}
+            {**entry, "lambda": value, "name": "-".join([*label, f"lambda-{value:.15g}"])}
             for value in lambdas
         ]
     return {**content, "outputs": entries}
@@ -365,21 +367,16 @@ def sweep_outputs(
 
 def _of_output(shared: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of one output: what it says comes before what all outputs share."""
-    own, common = (
-        dict(one["parameters"]) if isinstance(one.get("parameters"), dict) else {}
-        for one in (entry, shared)
-    )
     content = {**shared, **{key: value for key, value in entry.items() if key in OUTPUT_KEYS[1:]}}
-    if not isinstance(entry.get("parameters", {}), dict):
-        return content
+    given = [one.get("parameters") for one in (shared, entry)]
+    if wrong := [one for one in given if one is not None and not isinstance(one, dict)]:
+        return {**content, "parameters": wrong[0]}
+    common, own = (dict(one or {}) for one in given)
     if "lambda" in own and "lambda" not in entry:
         content.pop("lambda", None)
     if "lambda" in entry:
         common.pop("lambda", None)
-    if own and common:
-        content["parameters"] = {**common, **own}
-    elif common:
-        content["parameters"] = common
+    content["parameters"] = {**common, **own}
     return content
 
 

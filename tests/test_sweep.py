@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import resm_kernels
+from resm_kernels.api import plan_sweep
 from resm_kernels.checkpoint.manifest import MANIFEST
 from resm_kernels.cli import main
 from resm_kernels.engine import pipeline
-from resm_kernels.errors import OutputError, PlanError, ResmError, UsageError
+from resm_kernels.errors import OutputError, PlanError, RecipeError, ResmError, UsageError
 from resm_kernels.linalg import Solver
+from resm_kernels.recipe import build_recipes, load_recipe, parse_yaml
 from tests.checkpoints import contents, save, save_family
 from tests.test_merge import load
 
@@ -184,6 +189,80 @@ def test_the_command(
         assert main(["sweep", *given, *mistake, str(tmp_path / "other")]) == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_lambdas_come_before_the_recipe_s_own(
+    as_file: bool, family: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, experts = family
+    path = tmp_path / "r.yml"
+    models = "".join(f"  - model: {expert}\n" for expert in experts)
+    path.write_text(f"merge_method: tsvm\nbase_model: {base}\nmodels:\n{models}")
+    path.write_text(path.read_text() + "parameters: {lambda: 0.5}\n")
+    recipe = path if as_file else load_recipe(path)
+    made = plan_sweep(recipe=recipe, lambdas=[0.1234567, 0.1234568, 1])
+    assert {name: plan.recipe.parameters["lambda"] for name, plan in made.items()} == {
+        "lambda-0.1234567": 0.1234567,
+        "lambda-0.1234568": 0.1234568,
+        "lambda-1": 1.0,
+    }
+
+
+@pytest.mark.parametrize("lambdas", ["0.5", ["0.5"], [True], [None], torch.tensor([0.5])])
+def test_lambdas_are_numbers(lambdas: Any, family: tuple[Path, list[Path]]) -> None:
+    with pytest.raises(UsageError, match="expected: numbers"):
+        plan_sweep(*family, "tsvm", lambdas=lambdas)
+    one = plan_sweep(*family, "tsvm", lambdas=np.float32(0.5))  # type: ignore[arg-type]
+    assert list(one) == ["lambda-0.5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("merge_method: tsvm\noutputs: [{name: a}, {name: a.Partial}]", "got 'a.Partial'"),
+        (
+            "merge_method: tsvm\nparameters: 5\noutputs: [{name: a, parameters: {lambda: 1}}]",
+            "got 5",
+        ),
+        (
+            "merge_method: tsvm\noutputs: [{name: a, lambda: 3, parameters: {lambda: 2}}]",
+            "lambda: stands at the top and under parameters",
+        ),
+    ],
+)
+def test_outputs_that_cannot_be(text: str, said: str) -> None:
+    text += "\nbase_model: b\nmodels: [{model: a}, {model: c}]\n"
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        build_recipes(parse_yaml(text, "recipe"), "recipe")
+
+
+def test_a_sweep_of_a_recipe_without_a_method(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("base_model: b\nmodels: [{model: a}]\n")
+    with pytest.raises(RecipeError, match="merge_method: missing"):
+        plan_sweep(recipe=recipe, lambdas=[1, 2])
+
+
+def test_a_finished_output_is_not_called_unfinished(
+    family: tuple[Path, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    original = pipeline._Target.finish
+
+    def breaking(target: Any, *arguments: Any) -> None:
+        if target.folder.output.name == "lambda-1":
+            raise KeyboardInterrupt
+        original(target, *arguments)
+
+    monkeypatch.setattr(pipeline._Target, "finish", breaking)
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        resm_kernels.sweep(*family, tmp_path / "out", "tsvm", lambdas=[0.5, 1.0])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"lambda-0.5", "lambda-1.partial"}
+    (message,) = [r.getMessage() for r in caplog.records if "resume to go on" in r.getMessage()]
+    assert "lambda-1.partial" in message
 
 
 def test_refusals(family: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -261,6 +261,7 @@ class _Target:
             files=files,
         )
         self.folder.finish({REPORT: sealed, **files})
+        self.complete = True
 
 
 def _run_together(
