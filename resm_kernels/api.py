@@ -281,7 +281,7 @@ def execute_sweep(
 
 
 def _numbers(lambdas: object) -> list[float]:
-    found = list(lambdas) if isinstance(lambdas, Iterable) else [lambdas]
+    found: list[Any] = list(lambdas) if isinstance(lambdas, Iterable) else [lambdas]
     if any(isinstance(x, bool) or not isinstance(x, Real) for x in found):
         raise UsageError(f"sweep: lambdas: got {lambdas!r}", expected="numbers such as [0.5, 0.8]")
     return [float(x) for x in found]

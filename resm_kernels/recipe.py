@@ -351,7 +351,8 @@ def sweep_outputs(
     A method without a lambda has one output.
     """
     entries: list[dict[str, Any]] = []
-    for name in methods or [content.get("merge_method")]:
+    names: Sequence[object] = methods or [content.get("merge_method")]
+    for name in names:
         entry = {"merge_method": name}
         label = [str(name)] if len(methods) > 1 else []
         method = METHODS.get(name) if isinstance(name, str) else None
