@@ -336,7 +336,7 @@ def _check_target(made: Mapping[str, MergePlan], options: argparse.Namespace) ->
     folders = [folder for plan in made.values() for folder in plan.input_folders]
     several = options.command == "sweep" and options.resume
     check_output(output, folders, resume=options.resume, several=several)
-    check_disk([*made.values()], output)
+    check_disk([layout for plan in made.values() for layout in plan.layouts], output)
 
 
 def _verify(options: argparse.Namespace) -> int:

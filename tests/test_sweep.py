@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from resm_kernels.api import plan_sweep
 from resm_kernels.checkpoint.manifest import MANIFEST
 from resm_kernels.cli import main
 from resm_kernels.engine import pipeline
+from resm_kernels.engine.plan import MARGIN
 from resm_kernels.errors import OutputError, PlanError, RecipeError, ResmError, UsageError
 from resm_kernels.linalg import Solver
 from resm_kernels.recipe import build_recipes, load_recipe, parse_yaml
-from tests.checkpoints import contents, save, save_family
+from tests.checkpoints import contents, make_state, save, save_family
 from tests.test_merge import load
 
 METHODS = ["resm", "tsvm", "iso_c", "iso_cts", "task_arithmetic", "linear"]
@@ -93,6 +95,16 @@ def test_nan_in_the_base_stays_with_the_outputs_that_it_enters(
             load(folder)[name] for folder in (tmp_path / method, tmp_path / "out" / method)
         )
         assert swept.view(torch.int16).equal(alone.view(torch.int16))
+
+
+def test_memory_of_masked_inputs_is_planned(tmp_path: Path) -> None:
+    state = make_state(shapes={"model.layers.0.q.weight": (3072, 4096)})
+    bad = {name: tensor.index_fill(0, torch.tensor(0), math.nan) for name, tensor in state.items()}
+    base, expert = save(tmp_path / "base", bad), save(tmp_path / "expert", state)
+    reports = resm_kernels.sweep(
+        base, [expert], tmp_path / "out", "task_arithmetic", lambdas=[1, 2], nonfinite="warn"
+    )
+    assert all(report.peak_memory <= report.predicted_memory for report in reports.values())
 
 
 @pytest.mark.parametrize("moment", [1, 4, 9, 17])
@@ -263,6 +275,18 @@ def test_a_finished_output_is_not_called_unfinished(
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"lambda-0.5", "lambda-1.partial"}
     (message,) = [r.getMessage() for r in caplog.records if "resume to go on" in r.getMessage()]
     assert "lambda-1.partial" in message
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_all_outputs_must_fit_the_disk(
+    resume: bool, family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = resm_kernels.plan(*family, "tsvm").write_bytes
+    free = SimpleNamespace(free=MARGIN + 2 * size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(PlanError, match="not enough disk space"):
+        resm_kernels.sweep(*family, tmp_path / "o", "tsvm", lambdas=[0.5, 1.0], resume=resume)
+    assert not (tmp_path / "o").exists()
 
 
 def test_refusals(family: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _screen(
         bad = loaded.bad(tensor, source.key, values[source.key])
         if bad is None:
             continue
-        count = int(bad.sum())
+        count = int(bad.count_nonzero())  # a sum would widen the mask to int64
         if isinstance(source, FactorSource):
             raise NonFiniteError(
                 f"{source.where}: {count} of {bad.numel()} values are NaN or Inf",
@@ -148,7 +148,7 @@ def _screen(
 
 def _overflow(plan: MergePlan, tensor: PlannedTensor, result: torch.Tensor) -> list[str]:
     """Finite inputs whose merge does not fit the output dtype: an error, or a note."""
-    count, dtype = int((~torch.isfinite(result)).sum()), tensor.slot.dtype.name
+    count, dtype = int((~torch.isfinite(result)).count_nonzero()), tensor.slot.dtype.name
     if plan.options.nonfinite == "error":
         raise NonFiniteError(
             f"tensor {tensor.name!r}: {count} merged values do not fit {dtype}",

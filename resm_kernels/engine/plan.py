@@ -449,6 +449,9 @@ def _plan(
                 made_whole = min(factored, 1) if method.by_matrix and reason is None else factored
                 copied = len(sources) + 1 if aligned else 0
                 workspace += (made_whole + copied) * itemsize * math.prod(slot.shape)
+                if options.nonfinite == "warn":  # copies without NaN and Inf, and where they were
+                    workspace += own.nbytes + sum(source.nbytes for source in sources)
+                    workspace += (len(sources) + 3) * math.prod(slot.shape)
             tensors.append(
                 PlannedTensor(
                     rule=rule,
@@ -505,12 +508,9 @@ def _plan(
     )
 
 
-def check_disk(plans: Sequence[MergePlan], output: Path, kept: Iterable[str] = ()) -> None:
-    """Raise PlanError where the outputs would not fit on their disk; `kept` shards are there."""
-    kept = set(kept)
-    needed = MARGIN + sum(
-        layout.size for plan in plans for layout in plan.layouts if layout.name not in kept
-    )
+def check_disk(layouts: Iterable[ShardLayout], output: Path) -> None:
+    """Raise PlanError where these shards would not fit on the disk of `output`."""
+    needed = MARGIN + sum(layout.size for layout in layouts)
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise PlanError(
