@@ -90,10 +90,15 @@ def resolve(setting: Setting, tensor: str, position: float) -> Scalar | None:
     """
     if isinstance(setting, Filtered):
         for pattern, value in setting.cases:
-            if pattern is None or pattern == "*" or pattern in tensor:
+            if pattern is None or holds(tensor, pattern):
                 return value.at(position) if isinstance(value, Gradient) else value
         return None
     return setting.at(position) if isinstance(setting, Gradient) else setting
+
+
+def holds(tensor: str, pattern: str) -> bool:
+    """Whether a filter matches a tensor's name: as a part of it, and `*` always."""
+    return pattern == "*" or pattern in tensor
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Override:
-    """Another method, or other parameters, for the tensors whose name holds `filter`."""
+    """Another method, or other parameters, for the tensors that `filter` matches."""
 
     filter: str
     method: str
@@ -135,7 +140,7 @@ class Recipe:
     names_base : bool
         Whether the recipe says `base_model`; else the first model gives the layout.
     overrides : tuple of Override
-        The first whose filter is part of a tensor's name counts for it.
+        The first whose filter matches a tensor's name counts for it.
     ignored : tuple of str
         Parameters given that only other methods have, so that recipes stay valid when the method
         changes; they take no part in the merge.
@@ -177,7 +182,7 @@ class Recipe:
         return method.make_options(values, len(self.experts))
 
     def _override(self, tensor: str) -> Override | None:
-        return next((o for o in self.overrides if o.filter in tensor), None)
+        return next((o for o in self.overrides if holds(tensor, o.filter)), None)
 
     def _scopes(
         self, tensor: str, model: Mapping[str, Setting]
@@ -684,6 +689,7 @@ __all__ = [
     "Setting",
     "build_recipe",
     "build_recipes",
+    "holds",
     "layer_positions",
     "load_recipe",
     "parse_recipe",

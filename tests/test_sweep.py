@@ -23,7 +23,7 @@ from resm_kernels.engine import pipeline
 from resm_kernels.engine.plan import MARGIN
 from resm_kernels.errors import OutputError, PlanError, RecipeError, ResmError, UsageError
 from resm_kernels.linalg import Solver
-from resm_kernels.recipe import build_recipes, load_recipe, parse_yaml
+from resm_kernels.recipe import build_recipe, build_recipes, load_recipe, parse_yaml
 from tests.checkpoints import contents, make_state, save, save_family
 from tests.test_merge import load
 
@@ -179,6 +179,27 @@ def test_overrides_merge_tensor_by_tensor(family: tuple[Path, list[Path]], tmp_p
             load(base)[name], [load(e)[name] for e in experts], method, parameters=parameters
         )
         assert alone.equal(merged[name])
+
+
+def test_overrides_that_match_everything_or_nothing(
+    family: tuple[Path, list[Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, experts = family
+    content = {
+        "merge_method": "tsvm",
+        "base_model": str(base),
+        "models": [{"model": str(expert)} for expert in experts],
+        "overrides": [
+            {"filter": "mpl", "merge_method": "linear"},
+            {"filter": "*", "merge_method": "task_arithmetic"},
+        ],
+    }
+    with caplog.at_level(logging.WARNING):
+        made = resm_kernels.plan(recipe=build_recipe(content, "r"))
+    assert set(made.rules) == {"task_arithmetic"}
+    assert [r.getMessage() for r in caplog.records] == [
+        "recipe: overrides: 'mpl' is part of no tensor's name (tied ones go by one name)"
+    ]
 
 
 def test_the_command(

@@ -31,7 +31,7 @@ from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.methods import Method, Split, split_of
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.ops.launch import architecture, triton_version
-from resm_kernels.recipe import Recipe, layer_positions
+from resm_kernels.recipe import Recipe, holds, layer_positions
 
 LOG = logging.getLogger(__name__)
 
@@ -342,8 +342,15 @@ def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergeP
             matchings[names] = Matching(base, experts, options, alignment)
         plans.append(_plan(recipe, matchings[names], options, device, budget))
     plan_steps(plans)
-    for ignored in dict.fromkeys(i for recipe in recipes for i in recipe.ignored):
-        LOG.warning("recipe: %s; ignored", ignored)
+    found = [f"{ignored}; ignored" for recipe in recipes for ignored in recipe.ignored]
+    for plan in plans:
+        found += [
+            f"overrides: {override.filter!r} is part of no tensor's name (tied ones go by one name)"
+            for override in plan.recipe.overrides
+            if not any(holds(tensor.key, override.filter) for tensor in plan.tensors)
+        ]
+    for message in dict.fromkeys(found):
+        LOG.warning("recipe: %s", message)
     return plans
 
 
