@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +63,12 @@ def merge(
     Parameters
     ----------
     base, experts : path or Hub id (`org/name[@revision]`)
-        Safetensors (single or sharded) or `.bin` checkpoints of one architecture.
+        Safetensors (single or sharded) or `.bin` checkpoints of one architecture; an expert may
+        be a LoRA adapter of the base.
     output : path
         A folder that does not exist yet. It appears when the merge is complete.
     method : str
-        `resm`, `tsvm`, `iso_c`, `task_arithmetic` or `linear`.
+        A name that `resm methods` lists.
     recipe : path or Recipe, optional
         Instead of `base`, `experts`, `method`, `weights`, `parameters` and `out_dtype`.
     weights : sequence of float, optional
@@ -238,6 +240,7 @@ def plan_sweep(
 ) -> dict[str, MergePlan]:
     """Plan a sweep; parameters as for `sweep`, nothing is written."""
     methods = [methods] if isinstance(methods, str) else list(methods)
+    lambdas = _numbers(lambdas)
     inline = {"base": base, "experts": experts, "weights": weights, "parameters": parameters}
     if recipe is not None:
         _only_recipe("sweep", {**inline, "out_dtype": out_dtype})
@@ -276,6 +279,13 @@ def execute_sweep(
     return run_plans(
         made, Path(output), resume=resume, progress=progress, extra_files=_written_files
     )
+
+
+def _numbers(lambdas: object) -> list[float]:
+    found: list[Any] = list(lambdas) if isinstance(lambdas, Iterable) else [lambdas]
+    if any(isinstance(x, bool) or not isinstance(x, Real) for x in found):
+        raise UsageError(f"sweep: lambdas: got {lambdas!r}", expected="numbers such as [0.5, 0.8]")
+    return [float(x) for x in found]
 
 
 def _written_files(report: MergeReport) -> dict[str, bytes]:

@@ -223,7 +223,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from resm_kernels import api
-    from resm_kernels.report.tables import plan_table, sweep_table
+    from resm_kernels.report.tables import plan_table, sweep_facts, sweep_table
 
     methods, lambdas = _listed(options.method), [*map(_number, _listed(options.lambda_))]
     options.method = options.lambda_ = None
@@ -235,8 +235,9 @@ def _sweep(options: argparse.Namespace) -> int:
         if options.json:
             _print_json({name: plan.to_dict() for name, plan in made.items()})
         else:
-            for plan in made.values():
-                Console().print(plan_table(plan))
+            Console().print(
+                *map(plan_table, made.values()), sweep_facts([*made.values()]), sep="\n"
+            )
         return 0
     reports = api.execute_sweep(
         made, options.paths[-1], resume=options.resume, progress=_progress(options)
@@ -336,7 +337,7 @@ def _check_target(made: Mapping[str, MergePlan], options: argparse.Namespace) ->
     folders = [folder for plan in made.values() for folder in plan.input_folders]
     several = options.command == "sweep" and options.resume
     check_output(output, folders, resume=options.resume, several=several)
-    check_disk([*made.values()], output)
+    check_disk([layout for plan in made.values() for layout in plan.layouts], output)
 
 
 def _verify(options: argparse.Namespace) -> int:

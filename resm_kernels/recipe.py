@@ -36,7 +36,8 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "parameters")
 OVERRIDE_KEYS = ("filter", "merge_method", "parameters")
 OUTPUT_KEYS = ("name", "merge_method", "parameters", "lambda", "overrides")
-OUTPUT_NAME = re.compile(r"[A-Za-z0-9][\w.=+-]{0,99}")
+OUTPUT_NAME = re.compile(r"(?!.*\.partial$)[A-Za-z0-9][\w.=+-]{0,99}", re.IGNORECASE)
+"""A folder of its own: `NAME.partial` is where NAME is built."""
 NOT_YET = {
     "slices": "layer slicing is not supported; list whole models under 'models'",
     "modules": "per-module recipes are not supported; list whole models under 'models'",
@@ -89,10 +90,15 @@ def resolve(setting: Setting, tensor: str, position: float) -> Scalar | None:
     """
     if isinstance(setting, Filtered):
         for pattern, value in setting.cases:
-            if pattern is None or pattern == "*" or pattern in tensor:
+            if pattern is None or holds(tensor, pattern):
                 return value.at(position) if isinstance(value, Gradient) else value
         return None
     return setting.at(position) if isinstance(setting, Gradient) else setting
+
+
+def holds(tensor: str, pattern: str) -> bool:
+    """Whether a filter matches a tensor's name: as a part of it, and `*` always."""
+    return pattern == "*" or pattern in tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Override:
-    """Another method, or other parameters, for the tensors whose name holds `filter`."""
+    """Another method, or other parameters, for the tensors that `filter` matches."""
 
     filter: str
     method: str
@@ -134,7 +140,7 @@ class Recipe:
     names_base : bool
         Whether the recipe says `base_model`; else the first model gives the layout.
     overrides : tuple of Override
-        The first whose filter is part of a tensor's name counts for it.
+        The first whose filter matches a tensor's name counts for it.
     ignored : tuple of str
         Parameters given that only other methods have, so that recipes stay valid when the method
         changes; they take no part in the merge.
@@ -176,7 +182,7 @@ class Recipe:
         return method.make_options(values, len(self.experts))
 
     def _override(self, tensor: str) -> Override | None:
-        return next((o for o in self.overrides if o.filter in tensor), None)
+        return next((o for o in self.overrides if holds(tensor, o.filter)), None)
 
     def _scopes(
         self, tensor: str, model: Mapping[str, Setting]
@@ -350,14 +356,16 @@ def sweep_outputs(
     A method without a lambda has one output.
     """
     entries: list[dict[str, Any]] = []
-    for name in methods or [str(content.get("merge_method"))]:
+    names: Sequence[object] = methods or [content.get("merge_method")]
+    for name in names:
         entry = {"merge_method": name}
-        label = [name] if len(methods) > 1 else []
-        if not lambdas or (name in METHODS and "lambda" not in METHODS[name].specs):
+        label = [str(name)] if len(methods) > 1 else []
+        method = METHODS.get(name) if isinstance(name, str) else None
+        if not lambdas or (method is not None and "lambda" not in method.specs):
             entries.append({**entry, "name": name})
             continue
         entries += [
-            {**entry, "lambda": value, "name": "-".join([*label, f"lambda-{value:g}"])}
+            {**entry, "lambda": value, "name": "-".join([*label, f"lambda-{value:.15g}"])}
             for value in lambdas
         ]
     return {**content, "outputs": entries}
@@ -365,21 +373,16 @@ def sweep_outputs(
 
 def _of_output(shared: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of one output: what it says comes before what all outputs share."""
-    own, common = (
-        dict(one["parameters"]) if isinstance(one.get("parameters"), dict) else {}
-        for one in (entry, shared)
-    )
     content = {**shared, **{key: value for key, value in entry.items() if key in OUTPUT_KEYS[1:]}}
-    if not isinstance(entry.get("parameters", {}), dict):
-        return content
+    given = [one.get("parameters") for one in (shared, entry)]
+    if wrong := [one for one in given if one is not None and not isinstance(one, dict)]:
+        return {**content, "parameters": wrong[0]}
+    common, own = (dict(one or {}) for one in given)
     if "lambda" in own and "lambda" not in entry:
         content.pop("lambda", None)
     if "lambda" in entry:
         common.pop("lambda", None)
-    if own and common:
-        content["parameters"] = {**common, **own}
-    elif common:
-        content["parameters"] = common
+    content["parameters"] = {**common, **own}
     return content
 
 
@@ -686,6 +689,7 @@ __all__ = [
     "Setting",
     "build_recipe",
     "build_recipes",
+    "holds",
     "layer_positions",
     "load_recipe",
     "parse_recipe",

@@ -119,10 +119,36 @@ def pair(module: str, out: int, columns: int, rank: int = 2) -> dict[str, torch.
 
 def test_a_tied_target_takes_the_stored_name(tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True)
-    base, folder, _ = train(model, tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    base, folder, _ = train(model, tmp_path, target_modules=["q_proj", "lm_head"])
     adapter = open_both(base, folder)[1]
-    assert set(adapter.full) == {"model.embed_tokens.weight"}
+    assert "model.embed_tokens.weight" in adapter.pairs
     assert adapter.notes == ("lm_head.weight: tied to model.embed_tokens.weight in the base",)
+
+
+@pytest.mark.parametrize("aliased", [True, False])
+def test_a_tied_table_is_replaced_under_all_its_names_or_none(
+    aliased: bool, tmp_path: Path
+) -> None:
+    """PEFT would untie a base of which only one name is replaced."""
+    head, table, new = "lm_head.weight", "model.embed_tokens.weight", torch.randn(10, 4)
+    config = {} if aliased else {"vocab_size": 10, "tie_word_embeddings": True}
+    base = save(tmp_path / "base", {table: torch.zeros(10, 4)}, config=config)
+    if aliased:
+        torch.save(dict.fromkeys((table, head), torch.zeros(10, 4)), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+    for names in ([head], [table]):
+        folder = write_adapter(tmp_path / "one", {f"base_model.model.{n}": new for n in names})
+        with pytest.raises(
+            CheckpointError, match=rf"{names[0]}: replaced(.|\n)*fix: untie the base"
+        ):
+            open_both(base, folder)
+    both = {f"base_model.model.{n}": new + int(n == head) for n in (head, table)}
+    with pytest.raises(CheckpointError, match=r"another value(.|\n)*fix: untie the base"):
+        open_both(base, write_adapter(tmp_path / "two", both))
+    both = {f"base_model.model.{n}": new.clone() for n in (head, table)}
+    assert len(open_both(base, write_adapter(tmp_path / "both", both))[1].full) == 1
+    same = write_adapter(tmp_path / "same", {f"base_model.model.{head}": torch.zeros(10, 4)})
+    assert len(open_both(base, same)[1].full) == 1
 
 
 def test_an_alias_takes_the_stored_name(tmp_path: Path) -> None:

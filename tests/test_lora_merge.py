@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import resm_kernels
-from resm_kernels.errors import CheckpointError, NonFiniteError
+from resm_kernels.errors import CheckpointError, NonFiniteError, PlanError
 from resm_kernels.linalg import Solver
 from tests.adapters import gpt2, llama, open_both, read_state, rebuilt, train, write_adapter
 from tests.checkpoints import fine_tuned, save
@@ -73,6 +73,22 @@ def test_adapters_merge_as_the_models_they_stand_for(method: str, tmp_path: Path
     assert rules == {method} | (others if method != "linear" else set())
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "weights"),
+    [("linear", {"normalize": False}, [0.3]), ("passthrough", {"scale": 2.0}, None)],
+)
+def test_methods_that_scale_the_base_scale_what_an_adapter_leaves_alone(
+    method: str, parameters: dict[str, object], weights: list[float] | None, tmp_path: Path
+) -> None:
+    base, adapters, wholes = family(tmp_path, target_modules=["q_proj"])
+    for name, expert in (("out", adapters[0]), ("expected", wholes[0])):
+        resm_kernels.merge(
+            base, [expert], tmp_path / name, method, parameters=parameters, weights=weights
+        )
+    found, expected = model(tmp_path / "out"), model(tmp_path / "expected")
+    assert all(torch.allclose(found[n], expected[n], rtol=1e-5, atol=1e-6) for n in expected)
+
+
 def test_factors_stay_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapters, _ = family(tmp_path, target_modules=["q_proj", "down_proj"])
     report = resm_kernels.merge(base, adapters, tmp_path / "out", "tsvm")
@@ -122,6 +138,43 @@ def test_tied_tables_stored_twice_stay_tied(tmp_path: Path) -> None:
     merged = model(tmp_path / "out")
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     assert not torch.equal(merged["lm_head.weight"], state["lm_head.weight"])
+
+
+def test_tied_tables_stored_twice_must_not_come_apart(tmp_path: Path) -> None:
+    embed, head = "model.embed_tokens", "lm_head"
+    table, new = torch.randn(40, 8), torch.randn(40, 8)
+    state = {f"{embed}.weight": table, f"{head}.weight": table.clone()}
+    base = save(tmp_path / "base", state, config={"vocab_size": 40, "tie_word_embeddings": True})
+    lora = {
+        embed: {"lora_embedding_A": torch.randn(2, 40), "lora_embedding_B": torch.randn(8, 2)},
+        head: {"lora_A.weight": torch.randn(2, 8), "lora_B.weight": torch.randn(40, 2)},
+    }
+    replaced = {name: {"weight": new} for name in (embed, head)}
+    for t, (changes, fits) in enumerate(
+        (
+            ({head: replaced[head]}, False),
+            ({embed: replaced[embed]}, False),
+            ({embed: replaced[embed], head: {"weight": new + 1}}, False),
+            ({embed: lora[embed], head: replaced[head]}, False),
+            (lora, False),
+            ({embed: replaced[embed], head: {"weight": new.clone()}}, True),
+            ({head: {"weight": table.clone()}}, True),
+            ({head: lora[head]}, True),
+        )
+    ):
+        tensors = {
+            f"base_model.model.{module}.{part}": tensor
+            for module, parts in changes.items()
+            for part, tensor in parts.items()
+        }
+        adapter, out = write_adapter(tmp_path / f"a{t}", tensors), tmp_path / f"out{t}"
+        if not fits:
+            with pytest.raises(PlanError, match=r"tied to lm_head\.weight in the base, but not in"):
+                resm_kernels.merge(base, [adapter], out, "task_arithmetic")
+            continue
+        resm_kernels.merge(base, [adapter], out, "task_arithmetic")
+        merged = model(out)
+        assert torch.equal(merged[f"{embed}.weight"], merged[f"{head}.weight"])
 
 
 def test_base_plus_adapter_as_mergekit_users_write_it(tmp_path: Path) -> None:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import resm_kernels
+from resm_kernels.api import plan_sweep
 from resm_kernels.checkpoint.manifest import MANIFEST
 from resm_kernels.cli import main
 from resm_kernels.engine import pipeline
-from resm_kernels.errors import OutputError, PlanError, ResmError, UsageError
+from resm_kernels.engine.plan import MARGIN
+from resm_kernels.errors import OutputError, PlanError, RecipeError, ResmError, UsageError
 from resm_kernels.linalg import Solver
-from tests.checkpoints import contents, save_family
+from resm_kernels.recipe import build_recipe, build_recipes, load_recipe, parse_yaml
+from tests.checkpoints import contents, make_state, save, save_family
 from tests.test_merge import load
 
 METHODS = ["resm", "tsvm", "iso_c", "iso_cts", "task_arithmetic", "linear"]
@@ -70,6 +79,32 @@ def test_inputs_are_read_and_factored_once(
     reports = resm_kernels.sweep(base, experts, tmp_path / "out", "tsvm", lambdas=[0.1, 0.2, 0.3])
     assert factored == one.rules["tsvm"]
     assert {report.read_bytes for report in reports.values()} == {one.read_bytes}
+
+
+def test_nan_in_the_base_stays_with_the_outputs_that_it_enters(
+    family: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, experts = family
+    name, state = "model.layers.0.mlp.up_proj.weight", load(base)
+    state[name][0, 0] = math.nan
+    save(base, state)
+    resm_kernels.sweep(base, experts, tmp_path / "out", ["tsvm", "linear"], nonfinite="warn")
+    for method in ("tsvm", "linear"):
+        resm_kernels.merge(base, experts, tmp_path / method, method, nonfinite="warn")
+        alone, swept = (
+            load(folder)[name] for folder in (tmp_path / method, tmp_path / "out" / method)
+        )
+        assert swept.view(torch.int16).equal(alone.view(torch.int16))
+
+
+def test_memory_of_masked_inputs_is_planned(tmp_path: Path) -> None:
+    state = make_state(shapes={"model.layers.0.q.weight": (3072, 4096)})
+    bad = {name: tensor.index_fill(0, torch.tensor(0), math.nan) for name, tensor in state.items()}
+    base, expert = save(tmp_path / "base", bad), save(tmp_path / "expert", state)
+    reports = resm_kernels.sweep(
+        base, [expert], tmp_path / "out", "task_arithmetic", lambdas=[1, 2], nonfinite="warn"
+    )
+    assert all(report.peak_memory <= report.predicted_memory for report in reports.values())
 
 
 @pytest.mark.parametrize("moment", [1, 4, 9, 17])
@@ -146,6 +181,27 @@ def test_overrides_merge_tensor_by_tensor(family: tuple[Path, list[Path]], tmp_p
         assert alone.equal(merged[name])
 
 
+def test_overrides_that_match_everything_or_nothing(
+    family: tuple[Path, list[Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, experts = family
+    content = {
+        "merge_method": "tsvm",
+        "base_model": str(base),
+        "models": [{"model": str(expert)} for expert in experts],
+        "overrides": [
+            {"filter": "mpl", "merge_method": "linear"},
+            {"filter": "*", "merge_method": "task_arithmetic"},
+        ],
+    }
+    with caplog.at_level(logging.WARNING):
+        made = resm_kernels.plan(recipe=build_recipe(content, "r"))
+    assert set(made.rules) == {"task_arithmetic"}
+    assert [r.getMessage() for r in caplog.records] == [
+        "recipe: overrides: 'mpl' is part of no tensor's name (tied ones go by one name)"
+    ]
+
+
 def test_the_command(
     family: tuple[Path, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +210,8 @@ def test_the_command(
     out = str(tmp_path / "out")
     assert main(["sweep", *given, "--lambda", "0.5,1", "--dry-run", "--json", out]) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["lambda-0.5", "lambda-1"]
+    assert main(["sweep", *given, "--lambda", "0.5,1", "--dry-run", out]) == 0
+    assert "together     2 outputs" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert main(["sweep", *given, "--lambda", "0.5,1", "--method", "tsvm,linear", out]) == 0
     assert "linear" in capsys.readouterr().out
@@ -166,6 +224,92 @@ def test_the_command(
         assert main(["sweep", *given, *mistake, str(tmp_path / "other")]) == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_lambdas_come_before_the_recipe_s_own(
+    as_file: bool, family: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, experts = family
+    path = tmp_path / "r.yml"
+    models = "".join(f"  - model: {expert}\n" for expert in experts)
+    path.write_text(f"merge_method: tsvm\nbase_model: {base}\nmodels:\n{models}")
+    path.write_text(path.read_text() + "parameters: {lambda: 0.5}\n")
+    recipe = path if as_file else load_recipe(path)
+    made = plan_sweep(recipe=recipe, lambdas=[0.1234567, 0.1234568, 1])
+    assert {name: plan.recipe.parameters["lambda"] for name, plan in made.items()} == {
+        "lambda-0.1234567": 0.1234567,
+        "lambda-0.1234568": 0.1234568,
+        "lambda-1": 1.0,
+    }
+
+
+@pytest.mark.parametrize("lambdas", ["0.5", ["0.5"], [True], [None], torch.tensor([0.5])])
+def test_lambdas_are_numbers(lambdas: Any, family: tuple[Path, list[Path]]) -> None:
+    with pytest.raises(UsageError, match="expected: numbers"):
+        plan_sweep(*family, "tsvm", lambdas=lambdas)
+    one = plan_sweep(*family, "tsvm", lambdas=np.float32(0.5))  # type: ignore[arg-type]
+    assert list(one) == ["lambda-0.5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("merge_method: tsvm\noutputs: [{name: a}, {name: a.Partial}]", "got 'a.Partial'"),
+        (
+            "merge_method: tsvm\nparameters: 5\noutputs: [{name: a, parameters: {lambda: 1}}]",
+            "got 5",
+        ),
+        (
+            "merge_method: tsvm\noutputs: [{name: a, lambda: 3, parameters: {lambda: 2}}]",
+            "lambda: stands at the top and under parameters",
+        ),
+    ],
+)
+def test_outputs_that_cannot_be(text: str, said: str) -> None:
+    text += "\nbase_model: b\nmodels: [{model: a}, {model: c}]\n"
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        build_recipes(parse_yaml(text, "recipe"), "recipe")
+
+
+def test_a_sweep_of_a_recipe_without_a_method(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("base_model: b\nmodels: [{model: a}]\n")
+    with pytest.raises(RecipeError, match="merge_method: missing"):
+        plan_sweep(recipe=recipe, lambdas=[1, 2])
+
+
+def test_a_finished_output_is_not_called_unfinished(
+    family: tuple[Path, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    original = pipeline._Target.finish
+
+    def breaking(target: Any, *arguments: Any) -> None:
+        if target.folder.output.name == "lambda-1":
+            raise KeyboardInterrupt
+        original(target, *arguments)
+
+    monkeypatch.setattr(pipeline._Target, "finish", breaking)
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        resm_kernels.sweep(*family, tmp_path / "out", "tsvm", lambdas=[0.5, 1.0])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"lambda-0.5", "lambda-1.partial"}
+    (message,) = [r.getMessage() for r in caplog.records if "resume to go on" in r.getMessage()]
+    assert "lambda-1.partial" in message
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_all_outputs_must_fit_the_disk(
+    resume: bool, family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = resm_kernels.plan(*family, "tsvm").write_bytes
+    free = SimpleNamespace(free=MARGIN + 2 * size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(PlanError, match="not enough disk space"):
+        resm_kernels.sweep(*family, tmp_path / "o", "tsvm", lambdas=[0.5, 1.0], resume=resume)
+    assert not (tmp_path / "o").exists()
 
 
 def test_refusals(family: tuple[Path, list[Path]], tmp_path: Path) -> None:

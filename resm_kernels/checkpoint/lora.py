@@ -379,7 +379,7 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Adapter:
     Names are taken as they are, or all with one leading path taken off or put on (a GPT-2 base
     says `h.0`, its class `transformer.h.0`); more than one such way is an error. A target that
     the base stores under a tied name takes that name: its change goes to both, as in PEFT's own
-    merge.
+    merge; a replacement must be there, with one value, for every one of the tied names.
 
     Raises
     ------
@@ -387,6 +387,7 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Adapter:
         Listing every target that the base lacks, and every shape or copy that differs.
     """
     problems: list[str] = []
+    apart: list[str] = []
     notes: list[str] = []
     pairs: dict[str, LoraPair] = {}
     full: dict[str, TensorInfo] = {}
@@ -424,12 +425,39 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Adapter:
             problems.append(f"{target}: the adapter's copy of this weight is not the base's")
         if new := adapter.full.get(target):
             if name in full and not _equal((file, new), (file, full[name])):
-                problems.append(f"{target}: {full[name].name!r} is another value for {name}")
+                apart.append(f"{target}: {full[name].name!r} is another value for {name}")
             full[name] = new
     problems += [f"{name}: both replaced and changed by LoRA" for name in full if name in pairs]
+    what = f"{adapter.reference}: does not fit the base {base.reference}"
     if problems:
-        raise _refusal(f"{adapter.reference}: does not fit the base {base.reference}", problems)
+        raise _refusal(what, problems)
+    table = _tied_table(base)
+    for name, new in full.items():
+        aliases = sum(kept == name for kept in base.aliases.values())
+        replaced = [t for t in adapter.full if found[t] == name]
+        alone = len(replaced) <= max(aliases, int(name == table))
+        if alone and not _equal((file, new), (home[name], base.tensors[name])):
+            apart.append(f"{replaced[0]}: replaced, and not what the base ties it to")
+    if apart:
+        raise _refusal(what, apart, UNTIE_IT)
     return replace(adapter, pairs=pairs, full=full, copies={}, notes=(*adapter.notes, *notes))
+
+
+def keeps_tied(adapter: Adapter, base: Checkpoint, one: str, other: str) -> bool:
+    """Whether an adapter leaves two tied tensors of its base equal, if both are stored.
+
+    A LoRA change of one of them goes to both, as in PEFT's own merge.
+    """
+    new = [adapter.full[name] for name in (one, other) if name in adapter.full]
+    if changed := {one, other} & adapter.pairs.keys():
+        return len(changed) == 1 and not new
+    if not new:
+        return True
+    file = adapter.files[0]
+    if len(new) == 2:
+        return _equal((file, new[0]), (file, new[1]))
+    home = next(f for f in base.files if one in f.tensors)
+    return _equal((file, new[0]), (home, base.tensors[one]))
 
 
 def _oriented(pair: LoraPair, info: TensorInfo, turn_squares: bool) -> LoraPair:
@@ -560,11 +588,12 @@ def read_factors(adapter: Adapter, pair: LoraPair) -> tuple[torch.Tensor, torch.
     return rows * pair.scale, columns
 
 
+UNTIE_IT = "untie the base (store both, tie_word_embeddings: false), or leave that adapter out"
 MERGE_IT = "merge the adapter into its base model with PEFT and name that folder"
 
 
-def _refusal(what: str, problems: Sequence[str]) -> CheckpointError:
+def _refusal(what: str, problems: Sequence[str], fix: str = MERGE_IT) -> CheckpointError:
     shown = list(problems[:SHOWN])
     if len(problems) > SHOWN:
         shown.append(f"and {len(problems) - SHOWN} more")
-    return CheckpointError("\n".join([what, *(f"  - {one[:500]}" for one in shown)]), fix=MERGE_IT)
+    return CheckpointError("\n".join([what, *(f"  - {one[:500]}" for one in shown)]), fix=fix)

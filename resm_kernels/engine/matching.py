@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
-from resm_kernels.checkpoint.lora import Adapter, LoraPair, read_factors
+from resm_kernels.checkpoint.lora import Adapter, LoraPair, keeps_tied, read_factors
 from resm_kernels.checkpoint.reader import read_tensor, same_data
 from resm_kernels.checkpoint.tokens import vocabulary_tables
 from resm_kernels.checkpoint.vocabulary import Alignment
@@ -169,6 +169,7 @@ class Matching:
             if isinstance(expert, Adapter):
                 sources.append(self._of_adapter(expert, name))
                 self._check_unaligned(expert, sources[-1], name)
+                self._check_still_tied(expert, name)
             elif (source := self._find(expert, name)) is None:
                 absent.append(expert.reference)
             else:
@@ -227,12 +228,17 @@ class Matching:
                 return self.source(checkpoint, candidate)
         return None
 
-    def _check_still_tied(self, expert: Checkpoint, name: str) -> None:
+    def _check_still_tied(self, expert: Checkpoint | Adapter, name: str) -> None:
         """Tensors that the base ties must not have come apart in an expert."""
         key = self.canonical(name)
-        if key == name or not {key, name} <= expert.tensors.keys():
+        if key == name:
             return
-        if name not in self._ties[id(expert)].get(key, ()):
+        if isinstance(expert, Adapter):
+            tied = keeps_tied(expert, self.base, key, name)
+        else:
+            both = {key, name} <= expert.tensors.keys()
+            tied = not both or name in self._ties[id(expert)].get(key, ())
+        if not tied:
             self._misfits.append(
                 f"{name}: tied to {key} in the base, but not in {expert.reference}: untie the base "
                 "(store both, tie_word_embeddings: false), or leave that expert out"

@@ -41,7 +41,7 @@ class Loaded:
         self._shared = outputs > 1
         self._bad: dict[tuple[Key, ...], torch.Tensor | None] = {}
         self._aligned: dict[tuple[Key, ...], list[Value]] = {}
-        self._inputs: dict[tuple[Key, ...], Inputs] = {}
+        self._inputs: dict[tuple[bool, tuple[Key, ...]], Inputs] = {}
 
     def values(self, plan: MergePlan, tensor: PlannedTensor) -> dict[Key, Value]:
         """The tensor's sources, in order; rows of vocabulary tables as the output has them."""
@@ -73,11 +73,12 @@ class Loaded:
         keys = _keys(tensor)
         if not tensor.reads_base:
             keys = (keys[0], *keys)
-        if keys not in self._inputs or mask is not None:
+        known = tensor.base_counts, keys  # the base's own NaN and Inf are masked only if it counts
+        if known not in self._inputs:
             base, *experts = [self._placed(values[key], mask) for key in keys]
             assert isinstance(base, torch.Tensor)
-            self._inputs[keys] = Inputs(tensor.key, base, experts, shared=self._shared)
-        return self._inputs[keys]
+            self._inputs[known] = Inputs(tensor.key, base, experts, shared=self._shared)
+        return self._inputs[known]
 
     def _placed(self, value: Value, mask: torch.Tensor | None) -> Value:
         if isinstance(value, FactoredDelta):
@@ -126,7 +127,7 @@ def _screen(
         bad = loaded.bad(tensor, source.key, values[source.key])
         if bad is None:
             continue
-        count = int(bad.sum())
+        count = int(bad.count_nonzero())  # a sum would widen the mask to int64
         if isinstance(source, FactorSource):
             raise NonFiniteError(
                 f"{source.where}: {count} of {bad.numel()} values are NaN or Inf",
@@ -147,7 +148,7 @@ def _screen(
 
 def _overflow(plan: MergePlan, tensor: PlannedTensor, result: torch.Tensor) -> list[str]:
     """Finite inputs whose merge does not fit the output dtype: an error, or a note."""
-    count, dtype = int((~torch.isfinite(result)).sum()), tensor.slot.dtype.name
+    count, dtype = int((~torch.isfinite(result)).count_nonzero()), tensor.slot.dtype.name
     if plan.options.nonfinite == "error":
         raise NonFiniteError(
             f"tensor {tensor.name!r}: {count} merged values do not fit {dtype}",

@@ -29,7 +29,7 @@ from resm_kernels.checkpoint.journal import (
 from resm_kernels.checkpoint.manifest import build_manifest, index_file, verify_folder
 from resm_kernels.checkpoint.reader import check_stamp
 from resm_kernels.checkpoint.vocabulary import output_files
-from resm_kernels.checkpoint.writer import ShardFile
+from resm_kernels.checkpoint.writer import ShardFile, ShardLayout
 from resm_kernels.engine.matching import Key
 from resm_kernels.engine.memory import MemoryWatch
 from resm_kernels.engine.merging import Loaded, merge_planned
@@ -129,7 +129,7 @@ def run_plan(
     """
     output = absolute(output)
     check_output(output, plan.input_folders, resume=resume)
-    check_disk([plan], output, kept=[layout.name for layout in plan.layouts] if resume else ())
+    check_disk([] if resume else plan.layouts, output)
     (report,) = _run_together([(plan, output)], progress, extra_files)
     return report
 
@@ -163,8 +163,7 @@ def run_plans(
             pending.append((name, plan))
         else:
             reports[name] = earlier
-    kept = {layout.name for _, plan in pending for layout in plan.layouts} if resume else ()
-    check_disk([plan for _, plan in pending], output, kept=kept)
+    check_disk([] if resume else [s for _, plan in pending for s in plan.layouts], output)
     with writing(output):
         output.mkdir(exist_ok=True)
         sync_folder(output.parent)
@@ -218,10 +217,14 @@ class _Target:
             self.report, self.complete = earlier, True
             return
         self.folder.verify_kept(self.plan.layouts)
-        check_disk([self.plan], self.folder.output, kept=self.folder.kept)
         companions = companion_files(self.plan.base, self.plan.recipe.out_dtype)
         alignment = self.plan.alignment
         self.companions = output_files(companions, alignment) if alignment else companions
+
+    @property
+    def lacking(self) -> list[ShardLayout]:
+        """The shards that are not finished yet."""
+        return [layout for layout in self.plan.layouts if layout.name not in self.folder.kept]
 
     def lacks(self, tensor: PlannedTensor) -> bool:
         """Whether the tensor's shard is not finished yet."""
@@ -261,6 +264,7 @@ class _Target:
             files=files,
         )
         self.folder.finish({REPORT: sealed, **files})
+        self.complete = True
 
 
 def _run_together(
@@ -277,6 +281,8 @@ def _run_together(
             target.prepare()
         open_targets = [target for target in targets if not target.complete]
         if open_targets:
+            lacking = [shard for target in open_targets for shard in target.lacking]
+            check_disk(lacking, open_targets[0].folder.output)
             steps = plan_steps([target.plan for target in open_targets])
             peak = predicted_peak(steps, open_targets[0].plan)
             try:

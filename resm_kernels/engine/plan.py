@@ -31,7 +31,7 @@ from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.methods import Method, Split, split_of
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.ops.launch import architecture, triton_version
-from resm_kernels.recipe import Recipe, layer_positions
+from resm_kernels.recipe import Recipe, holds, layer_positions
 
 LOG = logging.getLogger(__name__)
 
@@ -342,8 +342,15 @@ def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergeP
             matchings[names] = Matching(base, experts, options, alignment)
         plans.append(_plan(recipe, matchings[names], options, device, budget))
     plan_steps(plans)
-    for ignored in dict.fromkeys(i for recipe in recipes for i in recipe.ignored):
-        LOG.warning("recipe: %s; ignored", ignored)
+    found = [f"{ignored}; ignored" for recipe in recipes for ignored in recipe.ignored]
+    for plan in plans:
+        found += [
+            f"overrides: {override.filter!r} is part of no tensor's name (tied ones go by one name)"
+            for override in plan.recipe.overrides
+            if not any(holds(tensor.key, override.filter) for tensor in plan.tensors)
+        ]
+    for message in dict.fromkeys(found):
+        LOG.warning("recipe: %s", message)
     return plans
 
 
@@ -418,13 +425,13 @@ def _plan(
             method = recipe.method_for(key)
             settings = recipe.options(key, positions[key])
             weights = recipe.weights(key, positions[key])
-            aligned = slot.name in matching.tables
-            own = matching.source(base, slot.name)
-            unchanged = sources and all(source.key == own.key for source in sources)
-            if unchanged and method.uses_base and not aligned:
-                reason, sources = "changed by no adapter", ()
             rule = "copy"
+            own = matching.source(base, slot.name)
             on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
+            aligned = slot.name in matching.tables
+            unchanged = not aligned and all(source.key == own.key for source in sources)
+            if sources and unchanged and method.keeps_base(weights, settings):
+                reason, sources = "changed by no adapter", ()
             base_counts = method.uses_base or on_base or not sources
             workspace = chunk_workspace(slot.shape, len(sources), 8, settings, device.type)
             split: Split | None = None
@@ -449,6 +456,9 @@ def _plan(
                 made_whole = min(factored, 1) if method.by_matrix and reason is None else factored
                 copied = len(sources) + 1 if aligned else 0
                 workspace += (made_whole + copied) * itemsize * math.prod(slot.shape)
+                if options.nonfinite == "warn":  # copies without NaN and Inf, and where they were
+                    workspace += own.nbytes + sum(source.nbytes for source in sources)
+                    workspace += (len(sources) + 3) * math.prod(slot.shape)
             tensors.append(
                 PlannedTensor(
                     rule=rule,
@@ -505,12 +515,9 @@ def _plan(
     )
 
 
-def check_disk(plans: Sequence[MergePlan], output: Path, kept: Iterable[str] = ()) -> None:
-    """Raise PlanError where the outputs would not fit on their disk; `kept` shards are there."""
-    kept = set(kept)
-    needed = MARGIN + sum(
-        layout.size for plan in plans for layout in plan.layouts if layout.name not in kept
-    )
+def check_disk(layouts: Iterable[ShardLayout], output: Path) -> None:
+    """Raise PlanError where these shards would not fit on the disk of `output`."""
+    needed = MARGIN + sum(layout.size for layout in layouts)
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise PlanError(

@@ -204,6 +204,7 @@ PASSTHROUGH = Method(
     workspace=chunk_workspace,
     declines=never_declines,
     uses_base=False,
+    keeps_base=lambda weights, options: options.scale == (1.0,),
     validate=_unweighted("passthrough", "leave them out, and set scale"),
     experts=(1, 1),
 )

@@ -164,6 +164,8 @@ class Method(Generic[OptionsT]):
     validate : callable
         (weights, options) -> None, or UsageError where they cannot go together; called while
         planning.
+    keeps_base : callable
+        (weights, options) -> whether experts that equal the base give the base.
     experts : tuple
         Fewest and most experts (None: any number).
     by_matrix : bool
@@ -180,6 +182,7 @@ class Method(Generic[OptionsT]):
     declines: Callable[[str, Sequence[int], int, OptionsT], str | None]
     uses_base: bool = True
     validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None
+    keeps_base: Callable[[Sequence[float], OptionsT], bool] = lambda weights, options: True
     experts: tuple[int, int | None] = (1, None)
     by_matrix: bool = False
 

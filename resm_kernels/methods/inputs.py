@@ -95,7 +95,7 @@ class Inputs:
         if isinstance(expert, torch.Tensor):
             return expert
         left, right = expert.left.to(self.dtype), expert.right.to(self.dtype)
-        return torch.addmm(self.base.to(self.dtype), left, right.T)
+        return self.base.to(self.dtype, copy=True).addmm_(left, right.T)
 
     def whole(self) -> tuple[torch.Tensor, ...]:
         """Every expert as a whole weight."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from resm_kernels.engine.plan import MergePlan
+from resm_kernels.engine.plan import MergePlan, plan_steps, predicted_peak
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.methods import Method
 
@@ -40,6 +40,19 @@ def plan_table(plan: MergePlan) -> RenderableType:
         }
     )
     return Group(by_rule, totals, *_left_out(plan.left_out))
+
+
+def sweep_facts(plans: Sequence[MergePlan]) -> RenderableType:
+    """What several merges cost together, since they read their inputs once."""
+    steps = plan_steps(plans)
+    return _facts(
+        {
+            "together": f"{len(plans)} outputs",
+            "read": size(sum(step.read_bytes for step in steps)),
+            "written": size(sum(plan.write_bytes for plan in plans)),
+            "peak memory": size(predicted_peak(steps, plans[0])),
+        }
+    )
 
 
 def report_table(report: MergeReport) -> RenderableType:
