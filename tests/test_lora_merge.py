@@ -69,8 +69,7 @@ def test_adapters_merge_as_the_models_they_stand_for(method: str, tmp_path: Path
         changed += bool(delta.any())
     assert changed >= 6
     rules = {result.rule for result in report.tensors.values()}
-    others = {"mean", "copy"} if method in METHODS[:4] else {"copy"}
-    assert rules == {method} | (others if method != "linear" else set())
+    assert rules == {method, "copy"} | ({"mean"} if method in METHODS[:4] else set())
 
 
 @pytest.mark.parametrize(

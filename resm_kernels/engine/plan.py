@@ -417,69 +417,11 @@ def _plan(
         metadata,
     )
     positions = layer_positions(decisions)
-    tensors = []
-    for shard, layout in enumerate(layouts):
-        for slot in layout.slots:
-            reason, sources = decisions[slot.name]
-            key = matching.canonical(slot.name)
-            method = recipe.method_for(key)
-            settings = recipe.options(key, positions[key])
-            weights = recipe.weights(key, positions[key])
-            rule = "copy"
-            own = matching.source(base, slot.name)
-            on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
-            aligned = slot.name in matching.tables
-            unchanged = not aligned and all(source.key == own.key for source in sources)
-            if sources and unchanged and method.keeps_base(weights, settings):
-                reason, sources = "changed by no adapter", ()
-            base_counts = method.uses_base or on_base or not sources
-            workspace = chunk_workspace(slot.shape, len(sources), 8, settings, device.type)
-            split: Split | None = None
-            notes: tuple[str, ...] = ()
-            if sources:
-                method.validate(weights, settings)
-                given = (key, slot.shape, len(sources), settings)
-                split, notes = split_of(method, *given, base.config)
-                reason = None if split else method.declines(*given)
-                rule = method.name if reason is None else "mean"
-                wide = any(s.wide for s in (own, *sources))
-                itemsize = 8 if wide else 4
-                shapes = {part.shape for part in split.parts} if split else {slot.shape}
-                if reason is None:
-                    workspace = max(
-                        method.workspace(shape, len(sources), itemsize, settings, device.type)
-                        for shape in shapes
-                    )
-                if split:  # parts that are not views of their tensors
-                    workspace += (len(sources) + 2) * itemsize * max(map(math.prod, shapes))
-                factored = sum(isinstance(source, FactorSource) for source in sources)
-                made_whole = min(factored, 1) if method.by_matrix and reason is None else factored
-                copied = len(sources) + 1 if aligned else 0
-                workspace += (made_whole + copied) * itemsize * math.prod(slot.shape)
-                if options.nonfinite == "warn":  # copies without NaN and Inf, and where they were
-                    workspace += own.nbytes + sum(source.nbytes for source in sources)
-                    workspace += (len(sources) + 3) * math.prod(slot.shape)
-            tensors.append(
-                PlannedTensor(
-                    rule=rule,
-                    reason=reason,
-                    method=method,
-                    shard=shard,
-                    split=split,
-                    notes=notes,
-                    slot=slot,
-                    base=own,
-                    experts=sources,
-                    reads_base=base_counts or aligned or options.nonfinite == "warn",
-                    base_counts=base_counts,
-                    aligned=aligned,
-                    key=key,
-                    weights=weights,
-                    options=settings,
-                    workspace=workspace,
-                )
-            )
-
+    tensors = tuple(
+        _plan_tensor(recipe, matching, options, device, positions, shard, slot)
+        for shard, layout in enumerate(layouts)
+        for slot in layout.slots
+    )
     identity = {
         "numerics": NUMERICS,
         "version": __version__,
@@ -504,7 +446,7 @@ def _plan(
         options=options,
         base=base,
         experts=tuple(matching.experts),
-        tensors=tuple(tensors),
+        tensors=tensors,
         layouts=tuple(layouts),
         alignment=matching.alignment,
         left_out=matching.left_out,
@@ -513,6 +455,100 @@ def _plan(
         workers=options.workers or (usable_cores() if device.type == "cpu" else 1),
         memory_budget=budget,
     )
+
+
+def _plan_tensor(
+    recipe: Recipe,
+    matching: Matching,
+    options: EngineOptions,
+    device: torch.device,
+    positions: Mapping[str, float],
+    shard: int,
+    slot: Slot,
+) -> PlannedTensor:
+    reason, sources = matching.decisions[slot.name]
+    own = matching.source(matching.base, slot.name)
+    key = matching.canonical(slot.name)
+    method = recipe.method_for(key)
+    settings = recipe.options(key, positions[key])
+    weights = recipe.weights(key, positions[key])
+    aligned = slot.name in matching.tables
+    unchanged = not aligned and all(source.key == own.key for source in sources)
+    if sources and unchanged and method.keeps_base(weights, settings):
+        reason, sources = "changed by no adapter", ()
+    split: Split | None = None
+    notes: tuple[str, ...] = ()
+    if sources:
+        method.validate(weights, settings)
+        given = (key, slot.shape, len(sources), settings)
+        split, notes = split_of(method, *given, matching.base.config)
+        reason = None if split else method.declines(*given)
+    on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
+    base_counts = method.uses_base or on_base or not sources
+    return PlannedTensor(
+        rule="copy" if not sources else method.name if reason is None else "mean",
+        reason=reason,
+        method=method,
+        shard=shard,
+        split=split,
+        notes=notes,
+        slot=slot,
+        base=own,
+        experts=sources,
+        reads_base=base_counts or aligned or options.nonfinite == "warn",
+        base_counts=base_counts,
+        aligned=aligned,
+        key=key,
+        weights=weights,
+        options=settings,
+        workspace=_workspace(
+            slot.shape,
+            (own, *sources),
+            method=None if reason else method,
+            settings=settings,
+            split=split,
+            aligned=aligned,
+            masked=options.nonfinite == "warn",
+            device=device.type,
+        ),
+    )
+
+
+def _workspace(
+    shape: tuple[int, ...],
+    sources: Sequence[Source | FactorSource],
+    *,
+    method: Method[Any] | None,
+    settings: Any,
+    split: Split | None,
+    aligned: bool,
+    masked: bool,
+    device: str,
+) -> int:
+    """Bytes that merging one tensor may hold beyond its inputs and its output.
+
+    `sources` are the base's and the experts'; without a method they are averaged or copied.
+    """
+    experts, size = len(sources) - 1, math.prod(shape)
+    if not experts:
+        return chunk_workspace(shape, 0, 8, settings, device)
+    itemsize = 8 if any(source.wide for source in sources) else 4
+    shapes = {part.shape for part in split.parts} if split else {shape}
+    if method is None:
+        workspace = chunk_workspace(shape, experts, 8, settings, device)
+    else:
+        workspace = max(
+            method.workspace(part, experts, itemsize, settings, device) for part in shapes
+        )
+    if split:  # parts that are not views of their tensors
+        workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))
+    whole = sum(isinstance(source, FactorSource) for source in sources)
+    if method is not None and method.by_matrix:
+        whole = min(whole, 1)  # for its statistics
+    workspace += (whole + (experts + 1) * aligned) * itemsize * size
+    if masked:  # copies without NaN and Inf, and where they were
+        workspace += sum(source.nbytes for source in sources) + (experts + 3) * size
+    return workspace
 
 
 def check_disk(layouts: Iterable[ShardLayout], output: Path) -> None:
