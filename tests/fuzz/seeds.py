@@ -14,7 +14,8 @@ import torch
 
 from resm_kernels.checkpoint.dtypes import DTYPES
 from resm_kernels.checkpoint.writer import lay_out_shards
-from tests.hostile.cases import CORPUS, RECIPE, Site
+from tests.hostile.cases import RECIPE, Site
+from tests.hostile.corpus import CORPUS
 from tests.hostile.files import entry, safetensors, torch_bytes, weights
 
 MOST = 8192
