@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.cases import Case, Site
-from tests.hostile.corpus import CORPUS
 from tests.hostile.child import Answer, run, run_with_closed_hub
+from tests.hostile.corpus import CORPUS
 from tests.hostile.files import snapshot
 
 CASES = [pytest.param(case, id=f"{area}: {case.name}") for area, t in CORPUS.items() for case in t]

@@ -276,7 +276,8 @@ def _index(out: Mapping[str, int], rows: int, vocabulary: Vocabulary) -> torch.T
     free[[number for number in taken if number < rows]] = False
     free[list(out.values())] = False
     index[free] = torch.arange(rows)[free]
-    index[list(out.values())] = torch.tensor([vocabulary.row(token) for token in out])
+    known = [vocabulary.row(token) for token in out]
+    index[list(out.values())] = torch.tensor(known, dtype=torch.int64)
     return index
 
 

@@ -187,6 +187,7 @@ VOCABULARIES: list[Case] = [
         "in/donor", "no weights"),
     good("one more token", source(rows=5)),
     good("one more token without a row", source()),
+    good("a vocabulary without rows", source("in/expert-a", tokenizer({"a": 5, "b": 7}))),
     good("another's vocabulary", source("in/expert-a", rows=5)),
     good("the base's, damaged settings elsewhere", unaligned(source(tokenizer_config="{"))),
     good("a token that is an escape", words({**WORDS, "\x1b]0;owned\x07": 3})),
