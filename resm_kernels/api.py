@@ -62,11 +62,12 @@ def merge(
     Parameters
     ----------
     base, experts : path or Hub id (`org/name[@revision]`)
-        Safetensors (single or sharded) or `.bin` checkpoints of one architecture.
+        Safetensors (single or sharded) or `.bin` checkpoints of one architecture; experts also
+        LoRA adapters in PEFT's format.
     output : path
         A folder that does not exist yet. It appears when the merge is complete.
     method : str
-        `resm`, `tsvm`, `iso_c`, `task_arithmetic` or `linear`.
+        A name that `resm methods` lists.
     recipe : path or Recipe, optional
         Instead of `base`, `experts`, `method`, `weights`, `parameters` and `out_dtype`.
     weights : sequence of float, optional
