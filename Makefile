@@ -42,7 +42,7 @@ lint: $(VENV)/dev.done
 kernels: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.compile
 
-# Seconds for each of the ten targets; needs a Python that atheris has wheels for (3.11 to 3.13).
+# Seconds for each of the eleven targets; needs a Python that atheris has wheels for (3.11 to 3.13).
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/fuzz.done
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --work build/fuzz

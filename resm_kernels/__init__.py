@@ -38,8 +38,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the API on first use, so that `import resm_kernels` does not import torch."""
-    if name in __all__:
-        return getattr(importlib.import_module("resm_kernels.api"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # else type checkers would take a name that is not there for any other
+
+    def __getattr__(name: str) -> Any:
+        """Import the API on first use, so that `import resm_kernels` does not import torch."""
+        if name in __all__:
+            return getattr(importlib.import_module("resm_kernels.api"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -63,8 +63,8 @@ def merge(
     Parameters
     ----------
     base, experts : path or Hub id (`org/name[@revision]`)
-        Safetensors (single or sharded) or `.bin` checkpoints of one architecture; an expert may
-        be a LoRA adapter of the base.
+        Safetensors (single or sharded) or `.bin` checkpoints of one architecture; experts also
+        LoRA adapters in PEFT's format.
     output : path
         A folder that does not exist yet. It appears when the merge is complete.
     method : str

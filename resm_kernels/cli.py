@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
 
 INTERRUPTED = 130
+NUMBERS = "numbers such as 0.5,0.8"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -225,7 +227,8 @@ def _sweep(options: argparse.Namespace) -> int:
     from resm_kernels import api
     from resm_kernels.report.tables import plan_table, sweep_facts, sweep_table
 
-    methods, lambdas = _listed(options.method), [*map(_number, _listed(options.lambda_))]
+    methods = _listed("--method", options.method, "names such as resm,tsvm")
+    lambdas = [*map(_number, _listed("--lambda", options.lambda_, NUMBERS))]
     options.method = options.lambda_ = None
     what = _what(options)
     what.pop("method", None)
@@ -249,15 +252,21 @@ def _sweep(options: argparse.Namespace) -> int:
     return 0
 
 
-def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+def _listed(flag: str, text: str | None, expected: str) -> list[str]:
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{flag}: got {text!r}", expected=expected)
+    return parts
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text if text.isascii() and "_" not in text else "")
     except ValueError:
-        raise UsageError(f"--lambda: got {text!r}", expected="numbers such as 0.5,0.8") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"--lambda: got {text!r}", expected=NUMBERS)
+    return number
 
 
 def _progress(options: argparse.Namespace) -> Progress | None:

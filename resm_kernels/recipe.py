@@ -15,6 +15,7 @@ from resm_kernels.checkpoint.dtypes import OUT_DTYPES
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.errors import RecipeError, UsageError
 from resm_kernels.methods import METHODS, Method, Option
+from resm_kernels.methods.base import LARGEST
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 50_000
@@ -36,8 +37,10 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "parameters")
 OVERRIDE_KEYS = ("filter", "merge_method", "parameters")
 OUTPUT_KEYS = ("name", "merge_method", "parameters", "lambda", "overrides")
-OUTPUT_NAME = re.compile(r"(?!.*\.partial$)[A-Za-z0-9][\w.=+-]{0,99}", re.IGNORECASE)
+OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}(?<!\.partial)", re.IGNORECASE)
 """A folder of its own: `NAME.partial` is where NAME is built."""
+MAX_OUTPUTS = 256
+"""Each holds some descriptors while it is written."""
 NOT_YET = {
     "slices": "layer slicing is not supported; list whole models under 'models'",
     "modules": "per-module recipes are not supported; list whole models under 'models'",
@@ -323,6 +326,8 @@ def build_recipes(content: object, source: str) -> dict[str, Recipe]:
     entries = content["outputs"]
     if not isinstance(entries, list) or not entries:
         raise RecipeError(source, ["outputs: expected a list of {name: ..., lambda: ...}"])
+    if len(entries) > MAX_OUTPUTS:
+        raise RecipeError(source, [f"outputs: {len(entries)} outputs, at most {MAX_OUTPUTS}"])
     mistakes = _Mistakes()
     recipes: dict[str, Recipe] = {}
     seen: set[str] = set()
@@ -353,8 +358,12 @@ def sweep_outputs(
 ) -> dict[str, Any]:
     """Recipe data with an output for every method and every lambda, named after them.
 
-    A method without a lambda has one output.
+    A method without a lambda has one output. UsageError where a lambda is no number.
     """
+    for value in lambdas:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -LARGEST <= value <= LARGEST:
+            raise UsageError(f"lambdas: got {value!r:.80}", expected=f"numbers up to {LARGEST:g}")
     entries: list[dict[str, Any]] = []
     names: Sequence[object] = methods or [content.get("merge_method")]
     for name in names:
@@ -365,10 +374,15 @@ def sweep_outputs(
             entries.append({**entry, "name": name})
             continue
         entries += [
-            {**entry, "lambda": value, "name": "-".join([*label, f"lambda-{value:.15g}"])}
+            {**entry, "lambda": value, "name": "-".join([*label, f"lambda-{_short(value)}"])}
             for value in lambdas
         ]
     return {**content, "outputs": entries}
+
+
+def _short(value: float) -> str:
+    """Six digits of a number where they are all it has, else the fewest that are."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
 
 
 def _of_output(shared: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -397,7 +411,8 @@ def build_recipe(content: object, source: str) -> Recipe:
 
     method = _method(content.get("merge_method"), "merge_method", mistakes)
     overrides = _overrides(content.get("overrides"), method, mistakes)
-    methods = [m for m in (method, *(METHODS[o.method] for o in overrides)) if m is not None]
+    named = [*([] if method is None else [method.name]), *(o.method for o in overrides)]
+    methods = [METHODS[name] for name in dict.fromkeys(named)]
     base = _reference(content.get("base_model"), "base_model", mistakes, optional=True)
     experts = _experts(content.get("models"), methods, mistakes)
     parameters = _parameters(content.get("parameters"), methods, "parameters", mistakes)

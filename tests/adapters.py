@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint
 from resm_kernels.checkpoint.lora import Adapter, open_model, read_factors
 from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
+from tests.hostile.files import write_adapter as write_adapter
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
@@ -74,17 +73,6 @@ def rebuilt(base: Checkpoint, adapter: Adapter) -> dict[str, tuple[torch.Tensor,
             tensor = tensor + left @ right.T
         result[name] = tensor, bound
     return result
-
-
-def write_adapter(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None
-) -> Path:
-    """An adapter folder by hand; the config changes a plain one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), folder / "adapter_model.safetensors")
-    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **(config or {})}
-    (folder / "adapter_config.json").write_text(json.dumps(content))
-    return folder
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,10 @@ def tokenizer_paths(checkpoint: Checkpoint) -> list[Path]:
     return _present(checkpoint.folder, TOKENIZER_NAMES, TOKENIZER_PATTERNS)
 
 
-def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Contents of a model's tokenizer files; names are relative to its folder."""
-    paths = tokenizer_paths(checkpoint)
-    return {path.relative_to(checkpoint.folder).as_posix(): _read(path) for path in paths}
+def tokenizer_files(checkpoint: Checkpoint, only: Container[str] | None = None) -> dict[str, bytes]:
+    """Contents of a model's tokenizer files, or of some; names are relative to its folder."""
+    names = {p.relative_to(checkpoint.folder).as_posix(): p for p in tokenizer_paths(checkpoint)}
+    return {name: _read(path) for name, path in names.items() if only is None or name in only}
 
 
 def is_tokenizer_file(name: str) -> bool:

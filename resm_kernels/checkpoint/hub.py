@@ -18,6 +18,8 @@ WEIGHTS = (
 """What is fetched, in order of preference, until something is there."""
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """What a LoRA adapter holds; fetched where there is no whole model, or an adapter is asked for."""
+LONGEST = 8192
+"""Most characters of `base+adapter`: two paths have no more."""
 COMPANIONS = (
     "*.json",
     "*.jinja",
@@ -61,7 +63,7 @@ class ModelReference:
         A path that exists is never split. Of several plus signs the one counts that leaves an
         existing path or a Hub id on either side, if there is one only.
         """
-        if "+" not in self.text or self.exists():
+        if "+" not in self.text or len(self.text) > LONGEST or self.exists():
             return None
         splits = [
             (ModelReference(self.text[:i].strip()), ModelReference(self.text[i + 1 :].strip()))

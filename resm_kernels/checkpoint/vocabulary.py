@@ -21,6 +21,7 @@ import torch
 from resm_kernels.checkpoint.companions import (
     is_tokenizer_file,
     tokenizer_files,
+    tokenizer_paths,
 )
 from resm_kernels.checkpoint.files import PIECE, canonical_json
 from resm_kernels.checkpoint.layout import Checkpoint, parse_json
@@ -173,8 +174,8 @@ def align(
             rows = max(rows, 1 + max(out.values()))
     indices = tuple(_index(out, rows, vocabulary) for vocabulary in vocabularies)
     found = Alignment(
-        label, rows, indices, prefer_base, first, _fingerprint(tokenizer_files(base)), out, new,
-        donor, tuple(notes),
+        label, rows, indices, prefer_base, first, _fingerprint(tokenizer_files(base, SOURCES)),
+        out, new, donor, tuple(notes),
     )  # fmt: skip
     return found if found.changes_nothing else _checked(found, [base, *experts])
 
@@ -207,9 +208,9 @@ def _read_all(checkpoints: Sequence[Checkpoint], notes: list[str]) -> list[Vocab
     parsed: dict[tuple[str, int | None], Vocabulary] = {}
     found: list[Vocabulary] = []
     for checkpoint in checkpoints:
-        files, rows = tokenizer_files(checkpoint), vocabulary_rows(checkpoint)
-        key = _fingerprint(files), rows
-        if found and not files and rows == found[0].rows:
+        rows = vocabulary_rows(checkpoint)
+        key = _fingerprint(tokenizer_files(checkpoint, SOURCES)), rows
+        if found and not tokenizer_paths(checkpoint) and rows == found[0].rows:
             notes.append(f"{checkpoint.reference}: no tokenizer files; taken to be the base's")
             parsed[key] = found[0]
         elif key not in parsed:
@@ -275,7 +276,8 @@ def _index(out: Mapping[str, int], rows: int, vocabulary: Vocabulary) -> torch.T
     free[[number for number in taken if number < rows]] = False
     free[list(out.values())] = False
     index[free] = torch.arange(rows)[free]
-    index[list(out.values())] = torch.tensor([vocabulary.row(token) for token in out])
+    known = [vocabulary.row(token) for token in out]
+    index[list(out.values())] = torch.tensor(known, dtype=torch.int64)
     return index
 
 
@@ -523,7 +525,7 @@ def differences(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Differe
     Tokenizer files are parsed only where they are not the same bytes as the base's; one that is
     missing says nothing.
     """
-    base_rows, base_files = vocabulary_rows(base), tokenizer_files(base)
+    base_rows, base_files = vocabulary_rows(base), tokenizer_files(base, SOURCES)
     known: list[Vocabulary] = []
     found = []
     for expert in experts:
@@ -532,7 +534,7 @@ def differences(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Differe
             continue
         difference = Difference(expert.reference, rows, base_rows)
         try:
-            files = tokenizer_files(expert)
+            files = tokenizer_files(expert, SOURCES)
             readable = TOKEN_LISTS & files.keys() and TOKEN_LISTS & base_files.keys()
             same = rows == base_rows and _fingerprint(files) == _fingerprint(base_files)
             if readable and not same:

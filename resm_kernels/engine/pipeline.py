@@ -101,6 +101,7 @@ class Ledger:
 
 
 ExtraFiles = Callable[[MergeReport], Mapping[str, bytes]]
+Companions = dict[tuple[str | None, int, int], dict[str, bytes]]
 
 
 def run_plan(
@@ -208,8 +209,11 @@ class _Target:
         self.companions: dict[str, bytes] = {}
         self.complete = False
 
-    def prepare(self) -> None:
-        """Judge what an earlier run left, now that nobody else may write there."""
+    def prepare(self, shared: Companions) -> None:
+        """Judge what an earlier run left, now that nobody else may write there.
+
+        `shared` has the companion files of the targets before: a tokenizer takes many megabytes.
+        """
         check_output(self.folder.output, self.plan.input_folders, resume=True)
         if self.folder.finished and (earlier := _complete_report(self.folder)) is not None:
             self.folder.finish({})
@@ -217,9 +221,12 @@ class _Target:
             self.report, self.complete = earlier, True
             return
         self.folder.verify_kept(self.plan.layouts)
-        companions = companion_files(self.plan.base, self.plan.recipe.out_dtype)
-        alignment = self.plan.alignment
-        self.companions = output_files(companions, alignment) if alignment else companions
+        base, alignment = self.plan.base, self.plan.alignment
+        key = (self.plan.recipe.out_dtype, id(base), id(alignment))
+        if key not in shared:
+            files = companion_files(base, self.plan.recipe.out_dtype)
+            shared[key] = output_files(files, alignment) if alignment else files
+        self.companions = shared[key]
 
     @property
     def lacking(self) -> list[ShardLayout]:
@@ -277,8 +284,9 @@ def _run_together(
     try:
         for plan, output in jobs:
             targets.append(_Target(plan, output))
+        shared: Companions = {}
         for target in targets:
-            target.prepare()
+            target.prepare(shared)
         open_targets = [target for target in targets if not target.complete]
         if open_targets:
             lacking = [shard for target in open_targets for shard in target.lacking]

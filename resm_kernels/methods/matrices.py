@@ -8,6 +8,7 @@ its shape and the model's config; a size that the config does not confirm splits
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -19,6 +20,9 @@ MAX_PARTS = 8192
 """Matrices in one tensor; more are a forged header."""
 MAX_SIZE = 1 << 40
 """Sizes that a config may state."""
+
+MAX_LAYERS = 2048
+"""Longest list of a count for each layer."""
 
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KV_HEADS = (
@@ -186,7 +190,7 @@ class _Sizes:
         for section in sections:
             inner = scope.get(section)
             if isinstance(inner, Mapping):
-                scope = {**scope, **inner}
+                scope = ChainMap(inner, scope)  # type: ignore[arg-type]
         self._scope = scope
         model = scope.get("model_type")
         self.model = model.lower().removesuffix("_text") if isinstance(model, str) else ""
@@ -240,7 +244,8 @@ class _Sizes:
     @property
     def expert_counts(self) -> set[int]:
         values = [self._get(key) for key in EXPERTS]
-        values += [item for value in values if isinstance(value, list) for item in value]
+        lists = [v for v in values if isinstance(v, list) and len(v) <= MAX_LAYERS]
+        values += [item for found in lists for item in found]
         return {value for value in values if _is_size(value)}
 
 

@@ -14,7 +14,8 @@ import torch
 
 from resm_kernels.checkpoint.dtypes import DTYPES
 from resm_kernels.checkpoint.writer import lay_out_shards
-from tests.hostile.cases import CORPUS, RECIPE, Site
+from tests.hostile.cases import RECIPE, Site
+from tests.hostile.corpus import CORPUS
 from tests.hostile.files import entry, safetensors, torch_bytes, weights
 
 MOST = 8192
@@ -96,7 +97,11 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
     for state in ({"p": parameter}, kept, wide):
         yield from _with_parts("archive", torch_bytes(state))
 
+    outputs = "[{name: a, lambda: 0.5}, {name: b-1, merge_method: ties, parameters: {density: 1}}]"
+    overrides = "[{filter: mlp, merge_method: tsvm, parameters: {lambda: [0, 1]}}]"
+    yield "recipe", f"{recipe}overrides: {overrides}\noutputs: {outputs}\n".encode()
     yield from (("adapter", data) for data in adapters())
+    yield from (("vocabulary", data) for data in tokenizers())
 
     (layout,) = lay_out_shards([("w", DTYPES["F32"], (2,))], 1 << 20)
     digest = hashlib.sha256(bytes(8)).hexdigest()
@@ -116,6 +121,24 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
     outside = {"../x": {"size": 8}}
     for change in ({}, {"files": outside}, {"tensors": []}, {"files": {"w": {"size": "8"}}}):
         yield "manifest", json.dumps({**manifest, **change}).encode()
+
+
+def tokenizers() -> Iterator[bytes]:
+    """Settings over tokens: more, fewer, moved and added ones, with and without gaps."""
+    flags = {"special": True, "lstrip": False, "normalized": False}
+    entry = {"id": 3, "content": "<d>", **flags}
+    decoder = {"added_tokens_decoder": {"3": {**entry, "id": None}, "0": {"content": "a"}}}
+    for words, added in (
+        ({"a": 0, "b": 1, "c": 2}, [entry]),
+        ({"b": 0, "a": 1, "\u00e9": 2, "d": 3}, [{"id": 4, "content": "e"}]),
+        ({"a": 0, "x": 7}, []),
+        ({"y": 5, "x": 7}, []),  # found by fuzzing
+        ([["a", -1.5], ["b", 0]], []),
+        ({"a": 0, "b": 0}, []),
+    ):
+        tokens = {"model": {"type": "BPE", "vocab": words}, "added_tokens": added}
+        for settings in ("", json.dumps(decoder), '{"model_max_length": 5}'):
+            yield f"{settings}\n{json.dumps(tokens)}".encode()
 
 
 def adapters() -> Iterator[bytes]:

@@ -11,22 +11,27 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from resm_kernels.checkpoint.companions import companion_files
 from resm_kernels.checkpoint.dtypes import DTYPES
 from resm_kernels.checkpoint.files import canonical_json, seal
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, REPORT, OutputFolder
-from resm_kernels.checkpoint.layout import parse_json
+from resm_kernels.checkpoint.layout import Checkpoint, parse_json
 from resm_kernels.checkpoint.lora import Adapter, open_model, read_factors
 from resm_kernels.checkpoint.manifest import verify_folder
 from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
+from resm_kernels.checkpoint.tokens import read_vocabulary
+from resm_kernels.checkpoint.vocabulary import align, align_tables, differences, output_files
 from resm_kernels.checkpoint.writer import lay_out_shards
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.engine.plan import make_plan
 from resm_kernels.engine.result import TensorResult
 from resm_kernels.errors import ResmError
-from resm_kernels.recipe import build_recipe, parse_recipe
+from resm_kernels.recipe import build_recipe, build_recipes, parse_yaml
 from tests.hostile.files import safetensors, torch_zip
 
 Target = Callable[[bytes, Path], None]
@@ -93,13 +98,17 @@ def config(data: bytes, folder: Path) -> None:
 
 
 def recipe(data: bytes, folder: Path) -> None:
-    """A recipe, resolved for a tensor and written out again."""
-    found = parse_recipe(data)
-    found.options("model.layers.0.weight", 0.5)
-    found.weights("model.layers.0.weight", 0.5)
-    assert build_recipe(found.to_dict(), "again") == found
-    for expert in (found.base, *(expert.model for expert in found.experts)):
-        assert expert.exists() or expert.repo is None or "/" in expert.text
+    """The recipe of every output, resolved for a tensor and written out again."""
+    recipes = build_recipes(parse_yaml(data, "fuzz"), "fuzz")
+    assert len({name.casefold() for name in recipes}) == len(recipes)
+    for name, found in recipes.items():
+        assert not name or (folder / name).parent == folder
+        for tensor in ("model.layers.0.weight", "a"):
+            found.options(tensor, 0.5)
+            found.weights(tensor, 0.5)
+        assert build_recipe(found.to_dict(), "again") == found
+        for expert in found.models:
+            assert expert.exists() or expert.repo is None or "/" in expert.text
 
 
 def archive(data: bytes, folder: Path) -> None:
@@ -183,10 +192,49 @@ def adapter(data: bytes, folder: Path) -> None:
     assert all(info.shape == base.tensors[name].shape for name, info in found.full.items())
 
 
+def vocabulary(data: bytes, folder: Path) -> None:
+    """An expert's tokenizer: its settings are the first line, the rest is its tokenizer.json."""
+    settings, _, rest = data.partition(b"\n")
+    tokens = {"base": b'{"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}', "expert": rest}
+    for name, rows in (("base", 4), ("expert", 5)):
+        _table(folder / name, rows)
+        (folder / name / "tokenizer.json").write_bytes(tokens[name])
+    if settings:
+        (folder / "expert" / "tokenizer_config.json").write_bytes(settings)
+    base, expert = (open_checkpoint(ModelReference(str(folder / name))) for name in tokens)
+    differences(base, [expert])
+    sources: tuple[Literal["base", "union"] | Checkpoint, ...] = ("base", "union", expert)
+    for number, source in enumerate(sources):
+        found = align(source, base, [expert])
+        assert sorted(set(found.out_ids.values())) == sorted(found.out_ids.values())
+        for checkpoint, index in zip((base, expert), found.indices, strict=True):
+            known = read_vocabulary(checkpoint)
+            assert len(index) == found.rows
+            assert all(index[i] == known.row(text) for text, i in found.out_ids.items())
+        tables = align_tables([torch.ones(4, 1), torch.ones(5, 1)], found)
+        assert [table.shape for table in tables] == [(found.rows, 1)] * 2
+        again = folder / f"again-{number}"
+        _table(again, found.rows)
+        for name, content in output_files(companion_files(base, None), found).items():
+            (again / name).write_bytes(content)
+        written = read_vocabulary(open_checkpoint(ModelReference(str(again))))
+        assert {t: written.ids[t] for t in found.out_ids} == found.out_ids
+
+
+def _table(folder: Path, rows: int) -> None:
+    """A model that is a vocabulary table."""
+    folder.mkdir()
+    entry = {"dtype": "F32", "shape": [rows, 1], "data_offsets": [0, 4 * rows]}
+    content = safetensors({"embed_tokens.weight": entry}, bytes(4 * rows))
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "config.json").write_text(f'{{"vocab_size": {rows}}}')
+
+
 TARGETS: dict[str, Target] = {
     target.__name__: target
     for target in (
         weights, header, index, config, recipe, archive, pickled, journal, manifest, adapter,
+        vocabulary,
     )
 }  # fmt: skip
 

@@ -12,7 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-from tests.hostile.cases import CORPUS, Site
+from tests.hostile.cases import Site
+from tests.hostile.corpus import CORPUS
 
 
 def write_corpus(out: Path) -> list[dict[str, object]]:

@@ -87,9 +87,9 @@ def bad(
     return Case(name, arrange, words, code, tuple(options), megabytes)
 
 
-def good(name: str, arrange: Arrange, *options: str) -> Case:
+def good(name: str, arrange: Arrange, *options: str, megabytes: int = 64) -> Case:
     """A row for input that is strange, legal, and merges."""
-    return Case(name, arrange, (), 0, options)
+    return Case(name, arrange, (), 0, options, megabytes)
 
 
 def nothing(site: Site) -> None:
@@ -769,14 +769,3 @@ STRANGE = [
     good("empty config", text("base/config.json", "{}"), "--out-dtype", "bfloat16"),
     good("Python files", with_code),
 ]  # fmt: skip
-
-CORPUS = {
-    "file": FILES,
-    "index": INDEXES,
-    "bin": BINS,
-    "fit": FITS,
-    "recipe": RECIPES,
-    "bomb": BOMBS,
-    "link": LINKS,
-    "strange": STRANGE,
-}

@@ -9,6 +9,7 @@ import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +30,17 @@ def write_model(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), folder / "model.safetensors")
     (folder / "config.json").write_text(CONFIG)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None
+) -> Path:
+    """A LoRA adapter of rank 2 as PEFT saves it; `config` changes what its config says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **(config or {})}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
 
 
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
