@@ -37,7 +37,9 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "parameters")
 OVERRIDE_KEYS = ("filter", "merge_method", "parameters")
 OUTPUT_KEYS = ("name", "merge_method", "parameters", "lambda", "overrides")
-OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}(?<!\.partial)", re.IGNORECASE)
+OUTPUT_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}(?<!\.partial)", re.ASCII | re.IGNORECASE
+)
 """A folder of its own: `NAME.partial` is where NAME is built."""
 MAX_OUTPUTS = 256
 """Each holds some descriptors while it is written."""
@@ -358,11 +360,10 @@ def sweep_outputs(
 ) -> dict[str, Any]:
     """Recipe data with an output for every method and every lambda, named after them.
 
-    A method without a lambda has one output. UsageError where a lambda is no number.
+    A method without a lambda has one output. UsageError where a lambda is too large.
     """
     for value in lambdas:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -LARGEST <= value <= LARGEST:
+        if not -LARGEST <= value <= LARGEST:
             raise UsageError(f"lambdas: got {value!r:.80}", expected=f"numbers up to {LARGEST:g}")
     entries: list[dict[str, Any]] = []
     names: Sequence[object] = methods or [content.get("merge_method")]
