@@ -72,6 +72,30 @@ def test_adapters_merge_as_the_models_they_stand_for(method: str, tmp_path: Path
     assert rules == {method, "copy"} | ({"mean"} if method in METHODS[:4] else set())
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "weights"),
+    [("linear", {"normalize": False}, [0.5, 0.25]), ("passthrough", {"scale": 0.5}, None)],
+)
+def test_what_no_adapter_changes_is_scaled_too(
+    method: str, parameters: dict[str, object], weights: list[float] | None, tmp_path: Path
+) -> None:
+    base, adapters, wholes = family(tmp_path, target_modules=["q_proj"])
+    count = 1 if weights is None else 2
+    for name, experts in (("out", adapters[:count]), ("expected", wholes[:count])):
+        resm_kernels.merge(
+            base,
+            experts,
+            tmp_path / name,
+            method,
+            weights=weights,
+            parameters=parameters,
+            out_dtype="float64",
+        )
+    found, expected = model(tmp_path / "out"), model(tmp_path / "expected")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+
+
 def test_factors_stay_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapters, _ = family(tmp_path, target_modules=["q_proj", "down_proj"])
     report = resm_kernels.merge(base, adapters, tmp_path / "out", "tsvm")

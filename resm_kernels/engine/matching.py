@@ -176,9 +176,6 @@ class Matching:
                 self._check_still_tied(expert, name)
                 sources.append(source)
         aligned = name in self.tables
-        own = self.source(self.base, name).key
-        if not absent and not aligned and all(source.key == own for source in sources):
-            return "changed by no adapter", ()
         if not absent:
             return None, tuple(sources)
         if aligned:

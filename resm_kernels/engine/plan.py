@@ -421,6 +421,10 @@ def _plan(
             rule = "copy"
             on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
             aligned = slot.name in matching.tables
+            own = matching.source(base, slot.name)
+            unchanged = not aligned and all(source.key == own.key for source in sources)
+            if sources and unchanged and method.keeps_equal(settings):
+                reason, sources = "changed by no adapter", ()
             base_counts = method.uses_base or on_base or not sources
             workspace = chunk_workspace(slot.shape, len(sources), 8, settings, device.type)
             split: Split | None = None
@@ -431,7 +435,7 @@ def _plan(
                 split, notes = split_of(method, *given, base.config)
                 reason = None if split else method.declines(*given)
                 rule = method.name if reason is None else "mean"
-                wide = any(s.wide for s in (matching.source(base, slot.name), *sources))
+                wide = any(s.wide for s in (own, *sources))
                 itemsize = 8 if wide else 4
                 shapes = {part.shape for part in split.parts} if split else {slot.shape}
                 if reason is None:
@@ -454,7 +458,7 @@ def _plan(
                     split=split,
                     notes=notes,
                     slot=slot,
-                    base=matching.source(base, slot.name),
+                    base=own,
                     experts=sources,
                     reads_base=base_counts or aligned or options.nonfinite == "warn",
                     base_counts=base_counts,

@@ -107,6 +107,7 @@ LINEAR = Method(
     declines=never_declines,
     uses_base=False,
     validate=_validate_linear,
+    keeps_equal=lambda options: options.normalize,
 )
 
 TASK_ARITHMETIC = Method(

@@ -168,6 +168,8 @@ class Method(Generic[OptionsT]):
         Fewest and most experts (None: any number).
     by_matrix : bool
         Whether it merges linear maps, so that a tensor which holds several is split.
+    keeps_equal : callable
+        (options) -> whether models that are all alike merge to themselves, whatever the weights.
     """
 
     name: str
@@ -182,6 +184,7 @@ class Method(Generic[OptionsT]):
     validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None
     experts: tuple[int, int | None] = (1, None)
     by_matrix: bool = False
+    keeps_equal: Callable[[OptionsT], bool] = lambda options: True
 
     @functools.cached_property
     def specs(self) -> dict[str, Option]:
