@@ -165,17 +165,30 @@ class ResmKernelsMerging(BaseAlgorithm):
             _without_ties(get_target_state_dict(module), ties, name)
             for name, module in zip(experts, modules, strict=True)
         ]
-        merged = self._merge_states(_without_ties(base, ties, PRETRAINED), states)
+        config = getattr(model, "config", None)
+        merged = self._merge_states(
+            _without_ties(base, ties, PRETRAINED),
+            states,
+            config.to_dict() if hasattr(config, "to_dict") else None,
+        )
         merged.update({name: merged[owner] for name, owner in ties.items()})
         # Not strict: `_fusion_bench_target_modules` may name a part of the model only.
         model.load_state_dict(merged, strict=False)
         return model
 
     def _merge_states(
-        self, base: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]
+        self,
+        base: Mapping[str, Any],
+        experts: Sequence[Mapping[str, Any]],
+        config: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         return merge_state_dicts(
-            base, experts, self.method_name, weights=self.weights, parameters=self.parameters
+            base,
+            experts,
+            self.method_name,
+            weights=self.weights,
+            parameters=self.parameters,
+            config=config,
         )
 
 
