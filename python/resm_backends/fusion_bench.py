@@ -14,6 +14,7 @@ from fusion_bench import BaseAlgorithm, BaseModelPool, auto_register_config
 from fusion_bench.models.utils import get_target_state_dict, validate_target_modules_equal
 from omegaconf import OmegaConf
 from torch import nn
+from transformers import PretrainedConfig
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.errors import UsageError
@@ -169,7 +170,7 @@ class ResmKernelsMerging(BaseAlgorithm):
         merged = self._merge_states(
             _without_ties(base, ties, PRETRAINED),
             states,
-            config.to_dict() if hasattr(config, "to_dict") else None,
+            config.to_dict() if isinstance(config, PretrainedConfig) else None,
         )
         merged.update({name: merged[owner] for name, owner in ties.items()})
         # Not strict: `_fusion_bench_target_modules` may name a part of the model only.
