@@ -396,7 +396,8 @@ def build_recipe(content: object, source: str) -> Recipe:
     overrides = _overrides(content.get("overrides"), method, mistakes)
     methods = [m for m in (method, *(METHODS[o.method] for o in overrides)) if m is not None]
     base = _reference(content.get("base_model"), "base_model", mistakes, optional=True)
-    experts = _experts(content.get("models"), methods, mistakes)
+    elsewhere = "models" not in content and not content.keys().isdisjoint(("slices", "modules"))
+    experts = [] if elsewhere else _experts(content.get("models"), methods, mistakes)
     parameters = _parameters(content.get("parameters"), methods, "parameters", mistakes)
     if "lambda" in content:
         if "lambda" in parameters:
