@@ -270,6 +270,23 @@ def test_one_expert(method: str) -> None:
         assert torch.allclose(merge(method, base, [expert]), expert, atol=1e-7)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_an_expert_in_float64_beside_others_in_float32(seed: int) -> None:
+    """Thresholds hold for the deltas that are merged: in float64, of every expert."""
+    generator = torch.Generator().manual_seed(seed)
+    base, change = torch.randn(2, 40, 50, generator=generator)
+    experts = [0.01 * change, base.double()]
+    parameters = {"density": 0.5, "normalize": False}
+    found = merge("ties", base, experts, weights=[1.0, 0.0], parameters=parameters)
+    assert int((found != base).sum()) == 1000
+
+
+def test_slerp_of_what_no_norm_holds() -> None:
+    base, expert = weights_of((5, 6), torch.float64, 1)
+    with pytest.raises(ResmError, match="do not fit"):
+        merge("slerp", base * 1e200, [expert * -1e200], out_dtype=torch.float64)
+
+
 def test_methods_of_one_model_refuse_two() -> None:
     base, *experts = weights_of((3, 4), torch.float32, 2)
     for method in ("slerp", "passthrough"):
