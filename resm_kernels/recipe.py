@@ -415,7 +415,8 @@ def build_recipe(content: object, source: str) -> Recipe:
     named = [*([] if method is None else [method.name]), *(o.method for o in overrides)]
     methods = [METHODS[name] for name in dict.fromkeys(named)]
     base = _reference(content.get("base_model"), "base_model", mistakes, optional=True)
-    experts = _experts(content.get("models"), methods, mistakes)
+    elsewhere = "models" not in content and not content.keys().isdisjoint(("slices", "modules"))
+    experts = [] if elsewhere else _experts(content.get("models"), methods, mistakes)
     parameters = _parameters(content.get("parameters"), methods, "parameters", mistakes)
     if "lambda" in content:
         if "lambda" in parameters:

@@ -94,7 +94,7 @@ MISTAKES = {
     "merge_method: linear\nmodels: [{model: 3}]": r"models\[0\].model: got 3",
     "merge_method: linear\nmodels: [{model: a, weight: 1}]": r"models\[0\].weight: unknown key",
     "merge_method: linear\nmodels: [{model: a, parameters: {weight: x}}]": "got 'x', expected a ",
-    LINEAR + "parameters: {normalize: 1}": "expected true or f",
+    LINEAR + "parameters: {normalize: 2}": "expected true or f",
     LINEAR + "outputs: [{name: a}]": "outputs: several outputs",
     LINEAR + "overrides: [{filter: x, merge_method: tsvm}]": "base_model: missing; tsvm merges",
     RESM + "overrides: [{merge_method: tsvm}]": r"overrides\[0\].filter: got None",
@@ -309,3 +309,15 @@ def test_a_sweep_names_its_outputs() -> None:
         "tsvm-lambda-1": "tsvm",
         "linear": "linear",
     }
+
+
+def test_switches_as_mergekit_saves_them() -> None:
+    text = "{merge_method: ties, base_model: a, models: [{model: b}], parameters: {normalize: 0.0}}"
+    assert parse_recipe(text).options("x", 0.0).normalize is False
+
+
+def test_slices_are_one_mistake() -> None:
+    text = "{merge_method: passthrough, slices: [{sources: [{model: a, layer_range: [0, 2]}]}]}"
+    with pytest.raises(RecipeError) as found:
+        parse_recipe(text)
+    assert [mistake.partition(":")[0] for mistake in found.value.mistakes] == ["slices"]

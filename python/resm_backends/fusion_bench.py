@@ -14,6 +14,7 @@ from fusion_bench import BaseAlgorithm, BaseModelPool, auto_register_config
 from fusion_bench.models.utils import get_target_state_dict, validate_target_modules_equal
 from omegaconf import OmegaConf
 from torch import nn
+from transformers import PretrainedConfig
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.errors import UsageError
@@ -165,17 +166,30 @@ class ResmKernelsMerging(BaseAlgorithm):
             _without_ties(get_target_state_dict(module), ties, name)
             for name, module in zip(experts, modules, strict=True)
         ]
-        merged = self._merge_states(_without_ties(base, ties, PRETRAINED), states)
+        config = getattr(model, "config", None)
+        merged = self._merge_states(
+            _without_ties(base, ties, PRETRAINED),
+            states,
+            config.to_dict() if isinstance(config, PretrainedConfig) else None,
+        )
         merged.update({name: merged[owner] for name, owner in ties.items()})
         # Not strict: `_fusion_bench_target_modules` may name a part of the model only.
         model.load_state_dict(merged, strict=False)
         return model
 
     def _merge_states(
-        self, base: Mapping[str, Any], experts: Sequence[Mapping[str, Any]]
+        self,
+        base: Mapping[str, Any],
+        experts: Sequence[Mapping[str, Any]],
+        config: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         return merge_state_dicts(
-            base, experts, self.method_name, weights=self.weights, parameters=self.parameters
+            base,
+            experts,
+            self.method_name,
+            weights=self.weights,
+            parameters=self.parameters,
+            config=config,
         )
 
 

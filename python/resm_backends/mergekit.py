@@ -1,4 +1,4 @@
-"""`resm`, `tsvm` and `iso_c` as merge methods of an unpatched mergekit, 0.1.4 or 0.1.5.
+"""`resm`, `tsvm`, `iso_c` and `iso_cts` as merge methods of an unpatched mergekit, 0.1.4 or 0.1.5.
 
 `register()` adds them to mergekit's registry; `resm-mergekit-yaml` is `mergekit-yaml` with them.
 """
@@ -24,8 +24,10 @@ from resm_kernels.errors import MissingDependencyError, RecipeError, ResmError, 
 from resm_kernels.methods import METHODS, Method, Option
 from resm_kernels.recipe import WEIGHT
 
-METHOD_NAMES = ("resm", "tsvm", "iso_c")
+METHOD_NAMES = ("resm", "tsvm", "iso_c", "iso_cts")
 """Methods of ours that mergekit lacks; `linear` and `task_arithmetic` are its own."""
+UNAVAILABLE = ("split",)
+"""Options that need the model's config, which mergekit does not hand to a method."""
 OLDEST = (0, 1, 4)
 COMMAND = "resm-mergekit-yaml"
 INTERRUPTED = 130
@@ -86,6 +88,8 @@ def settings(method: str) -> tuple[Setting, ...]:
     """The parameters of one of our methods in mergekit's terms, `weight` (per model) left out."""
     found = []
     for option in METHODS[method].specs.values():
+        if option.name in UNAVAILABLE:
+            continue
         found.append(Setting(option.name, method, option))
         found += [Setting(f"{option.name}.{c}", method, option, c) for c in option.choices]
     return tuple(found)

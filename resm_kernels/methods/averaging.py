@@ -51,11 +51,11 @@ class PassthroughOptions:
 def gram_workspace(
     shape: Sequence[int], experts: int, itemsize: int, options: object, device: str
 ) -> int:
-    """Bytes of temporaries: float64 deltas of all experts, a chunk at a time, and the products."""
+    """Bytes of temporaries: a chunk of float64 deltas and products, and the ratios of all rows."""
     rows = math.prod(shape[:-1]) if getattr(options, "filter_wise", False) else 1
+    products = 8 * 8 * max(chunk_on(device), experts * experts)
     deltas = 2 * 8 * (experts + 1) * chunk_on(device)
-    small = 8 * rows * (3 * experts * experts + 8)
-    return deltas + small + chunk_workspace(shape, experts, itemsize, options, device)
+    return products + deltas + 2 * 8 * rows + chunk_workspace(shape, experts, 8, options, device)
 
 
 def _model_stock(
@@ -65,13 +65,13 @@ def _model_stock(
     out_dtype: torch.dtype,
 ) -> Merged:
     base, experts, count = inputs.base, inputs.whole(), len(weights)
-    columns = base.shape[-1] if options.filter_wise and base.dim() else base.numel()
-    ratios = inputs.once(
-        "ratios",
-        options.filter_wise,
-        lambda: _ratios(gram(experts, base=base, columns=columns)),
-    )
-    if len(ratios) == 1:
+    by_row = options.filter_wise and base.dim() > 1 and base.numel() > 0
+    columns = base.shape[-1] if by_row else base.numel()
+    flat = [tensor.reshape(-1 if by_row else 1, columns) for tensor in (base, *experts)]
+    ratios = inputs.once("ratios", options.filter_wise, lambda: _ratios_of(flat))
+    if by_row:
+        tensor = _row_by_row(flat, ratios, inputs.dtype, out_dtype).view(base.shape)
+    else:
         tensor = weighted_deltas(
             base,
             experts,
@@ -80,9 +80,18 @@ def _model_stock(
             divisor=float(count),
             out_dtype=out_dtype,
         )
-    else:
-        tensor = _row_by_row(base, experts, ratios, columns, inputs.dtype, out_dtype)
     return Merged(tensor, "model_stock")
+
+
+def _ratios_of(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The ratio of every row of base and experts, some rows at a time: float64 [R]."""
+    rows, columns = matrices[0].shape
+    size = chunk_on(matrices[0].device.type) // max(columns, len(matrices) ** 2)
+    found = []
+    for lines in chunks(rows, max(1, size)):
+        base, *experts = (matrix[lines] for matrix in matrices)
+        found.append(_ratios(gram(experts, base=base, columns=columns)))
+    return torch.cat(found)
 
 
 def _ratios(products: torch.Tensor) -> torch.Tensor:
@@ -102,26 +111,25 @@ def _ratios(products: torch.Tensor) -> torch.Tensor:
 
 
 def _row_by_row(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
+    matrices: Sequence[torch.Tensor],
     ratios: torch.Tensor,
-    columns: int,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W_0 + t_r * mean_t D_t, with a ratio for every row."""
-    out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
-    flat = [tensor.reshape(-1, columns) for tensor in (base, *experts)]
-    factors, target = ratios.to(dtype)[:, None], out.view(-1, columns)
-    rows = max(1, chunk_on(base.device.type) // columns)
-    for piece in chunks(len(ratios), rows):
-        origin, *others = (tensor[piece] for tensor in flat)
-        origin = origin.to(dtype)
-        total = torch.zeros_like(origin)
-        for other in others:
-            total.add_(other.to(dtype).sub(origin))
-        total.div_(total.new_full((), len(others)))
-        target[piece] = total.mul_(factors[piece]).add_(origin)
+    """W_0 + t_r * mean_t D_t of base and experts, with a ratio for every row."""
+    rows, columns = matrices[0].shape
+    size = chunk_on(ratios.device.type)
+    out = torch.empty(rows, columns, dtype=out_dtype, device=ratios.device)
+    factors = ratios.to(dtype)[:, None]
+    for lines in chunks(rows, max(1, size // columns)):
+        for part in chunks(columns, size):
+            origin, *others = (matrix[lines, part] for matrix in matrices)
+            origin = origin.to(dtype)
+            total = torch.zeros_like(origin)
+            for other in others:
+                total.add_(other.to(dtype).sub(origin))
+            total.div_(total.new_full((), len(others)))
+            out[lines, part] = total.mul_(factors[lines]).add_(origin)
     return out
 
 
@@ -136,9 +144,9 @@ def _slerp(
     (own, dot), (_, other) = inputs.once("products", None, find)[0].tolist()
     lengths = [math.sqrt(square) for square in (own, other)]
     lengths = [length if length > LEAST_NORM else 1.0 for length in lengths]
-    cosine = max(-1.0, min(1.0, dot / lengths[0] / lengths[1]))
+    cosine = min(max(dot / lengths[0] / lengths[1], -1.0), 1.0)  # NaN where squares overflow
     shares = [1.0 - options.t, options.t]
-    if abs(cosine) <= COLLINEAR:
+    if not abs(cosine) > COLLINEAR:
         angle = math.acos(cosine)
         shares = [math.sin(share * angle) / math.sin(angle) for share in shares]
     return Merged(weighted_sum((base, expert), shares, out_dtype=out_dtype), "slerp")

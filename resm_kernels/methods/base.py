@@ -51,8 +51,9 @@ class Option:
                 return str(value)
             raise ValueError(f"got {value!r}, expected one of {', '.join(self.choices)}")
         if self.kind is bool:
-            if isinstance(value, bool):
-                return value
+            # mergekit writes true and false as 1.0 and 0.0 into the recipes it saves.
+            if isinstance(value, bool | int | float) and value in (0, 1):
+                return bool(value)
             raise ValueError(f"got {value!r}, expected true or false")
         number = self._check_number(value)
         if self.kind is int and number != int(number):

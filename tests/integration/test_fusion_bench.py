@@ -22,7 +22,14 @@ from fusion_bench.method.task_singular_vector import TaskSingularVectorMerging
 from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
 from fusion_bench.utils.hydra_utils import initialize_hydra_config
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 import resm_kernels
 from resm_backends.fusion_bench import ResmKernelsMerging
@@ -237,6 +244,27 @@ def test_pools_of_paths_on_disk_and_in_memory(
         assert_same(streamed.state_dict(), in_memory.state_dict())
     assert list(pool.model_names) == list(EXPERTS)
     assert pool.enable_lazy_loading == options.get("enable_lazy_loading", False)
+
+
+def test_fused_weights_are_split_in_memory_as_on_disk(tmp_path: Path) -> None:
+    """The model's config tells which maps `qkv_proj` and `gate_up_proj` hold."""
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    pool = llama_pool(save_models(tmp_path / "models", Phi3ForCausalLM(config)))
+    merged = ResmKernelsMerging("tsvm", None, WEIGHTS).run(pool)
+    streamed = ResmKernelsMerging("tsvm", None, WEIGHTS, output=tmp_path / "merged").run(pool)
+    assert_same(merged.state_dict(), streamed.state_dict())
+    whole = ResmKernelsMerging("tsvm", {"split": False}, WEIGHTS).run(pool).state_dict()
+    fused = "model.layers.0.self_attn.qkv_proj.weight"
+    assert not torch.equal(merged.state_dict()[fused], whole[fused])
 
 
 def test_nothing_is_loaded_where_no_model_is_wanted(

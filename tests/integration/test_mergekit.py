@@ -383,7 +383,7 @@ def test_the_registry_tells_every_parameter(method: str) -> None:
         assert [(p.name, p.default_value) for p in found.tensor_parameters()] == [("weight", 1.0)]
         assert found.name() == method
         assert found.reference_url().startswith("https://arxiv.org/abs/2")
-    assert defaults.keys() == options.keys() | switches
+    assert defaults.keys() == options.keys() - {"split"} | switches
     assert defaults["lambda"] == 1.0
     assert defaults["exclude"] is None
 

@@ -94,10 +94,13 @@ def random_numbers(key: int, start: int, count: int) -> NDArray[np.uint32]:
 
 
 def _deltas(
-    base: torch.Tensor, expert: torch.Tensor, multiple: int = 1
+    base: torch.Tensor,
+    expert: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    multiple: int = 1,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """The delta in `compute_dtype`, a reused chunk of a multiple of so many entries at a time."""
-    dtype = compute_dtype((base, expert))
+    dtype = dtype or compute_dtype((base, expert))
     base, expert = base.reshape(-1), expert.reshape(-1)
     size = -(-chunk_on(base.device.type) // multiple) * multiple
     buffers = [
@@ -112,13 +115,16 @@ def masked_norms(
     base: torch.Tensor, experts: Sequence[torch.Tensor], masks: Sequence[Mask]
 ) -> list[tuple[float, float]]:
     """Sums of magnitudes before and after masking; see `ops.mask`."""
-    return [_norms(base, expert, mask) for expert, mask in zip(experts, masks, strict=True)]
+    dtype = compute_dtype((base, *experts))
+    return [_norms(base, expert, mask, dtype) for expert, mask in zip(experts, masks, strict=True)]
 
 
-def _norms(base: torch.Tensor, expert: torch.Tensor, mask: Mask) -> tuple[float, float]:
+def _norms(
+    base: torch.Tensor, expert: torch.Tensor, mask: Mask, dtype: torch.dtype
+) -> tuple[float, float]:
     mask = replace(mask, rescale=1.0)
     before, after = [], []
-    for piece, delta in _deltas(base, expert, BLOCK):
+    for piece, delta in _deltas(base, expert, dtype, BLOCK):
         before += _block_sums(delta)
         if mask != Mask(rescale=1.0):
             after += _block_sums(apply_mask(delta, mask, piece.start, 1.0))
@@ -146,23 +152,25 @@ def trim(
     Radix selection on bit patterns, 16 bits a pass: float32 deltas are read twice, and a third
     time up to the cut where several entries have the threshold's magnitude.
     """
-    count = base.numel()
+    dtype = compute_dtype((base, *experts))  # as what combines the experts takes every delta
     return [
-        _leading(base, expert, number, count) for expert, number in zip(experts, kept, strict=True)
+        _leading(base, expert, number, dtype) for expert, number in zip(experts, kept, strict=True)
     ]
 
 
-def _leading(base: torch.Tensor, expert: torch.Tensor, kept: int, count: int) -> tuple[float, int]:
+def _leading(
+    base: torch.Tensor, expert: torch.Tensor, kept: int, dtype: torch.dtype
+) -> tuple[float, int]:
+    count = base.numel()
     if kept == 0:
         return math.inf, 0
     if kept == count:
         return 0.0, count
-    dtype = compute_dtype((base, expert))
     pattern = torch.int64 if dtype == torch.float64 else torch.int32
     prefix, need, ties = 0, kept, count
     for shift in range(8 * pattern.itemsize - DIGIT, -1, -DIGIT):
         histogram = np.zeros(1 << DIGIT, dtype=np.int64)
-        for _, delta in _deltas(base, expert):
+        for _, delta in _deltas(base, expert, dtype):
             bits = delta.abs_().view(pattern)
             if ties < count:  # else all entries share the prefix
                 bits = bits[bits >> (shift + DIGIT) == prefix]
@@ -176,12 +184,14 @@ def _leading(base: torch.Tensor, expert: torch.Tensor, kept: int, count: int) ->
     threshold = float(torch.tensor(prefix, dtype=pattern).view(dtype))
     if math.isnan(threshold):
         raise ValueError("a delta holds NaN, expected numbers")
-    return threshold, count if need == ties else _cut(base, expert, threshold, need)
+    return threshold, count if need == ties else _cut(base, expert, threshold, need, dtype)
 
 
-def _cut(base: torch.Tensor, expert: torch.Tensor, threshold: float, need: int) -> int:
+def _cut(
+    base: torch.Tensor, expert: torch.Tensor, threshold: float, need: int, dtype: torch.dtype
+) -> int:
     """One past the flat index of the `need`-th entry of this magnitude."""
-    for piece, delta in _deltas(base, expert):
+    for piece, delta in _deltas(base, expert, dtype):
         places = (delta.abs_() == threshold).nonzero()
         if places.numel() >= need:
             return int(piece.start + places[need - 1] + 1)
