@@ -442,7 +442,7 @@ def merge_state_dicts(
 
     Every name of the base must be in every expert and the other way round; what is not a float
     tensor (integers, extra state) is copied from the base. The inputs are not changed; the result
-    shares no memory with them.
+    shares no memory with them. Names that share memory in every state dict share it in the result.
     """
     content = recipe_content(
         "base",
@@ -462,9 +462,14 @@ def merge_state_dicts(
             )
     positions = layer_positions(base)
     merged: dict[str, Any] = {}
+    first: dict[object, str] = {}
     for name, tensor in base.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             merged[name] = copy.deepcopy(tensor)
+            continue
+        together = tuple(_memory(state[name]) for state in (base, *experts))
+        if tensor.numel() and first.setdefault(together, name) != name:
+            merged[name] = merged[first[together]]
             continue
         options = recipe.options(name, positions[name])
         merged[name] = merge_tensors(
@@ -478,3 +483,10 @@ def merge_state_dicts(
             config=config,
         )
     return merged
+
+
+def _memory(value: Any) -> object:
+    """What tells memory apart: tensors of one key are the same tensor."""
+    if not isinstance(value, torch.Tensor):
+        return id(value)
+    return value.data_ptr(), value.dtype, value.shape, value.stride(), value.device

@@ -213,3 +213,39 @@ def test_an_adapter_that_changes_during_the_merge_is_noticed(
     monkeypatch.setattr(Solver, "subspaces", tampering)
     with pytest.raises(CheckpointError, match="changed after the merge was planned"):
         resm_kernels.merge(base, adapters, tmp_path / "out", "tsvm")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_on_different_modules(method: str, tmp_path: Path) -> None:
+    """What one adapter leaves alone is a delta of rank 0, never factored as a matrix of zeros."""
+    base, first, _ = train(llama(), tmp_path / "a", 1, target_modules=["q_proj", "up_proj"])
+    _, second, _ = train(llama(), tmp_path / "b", 2, target_modules=["q_proj", "down_proj"])
+    adapters = [first, second]
+    wholes = [save(tmp_path / f"w{t}", as_whole(base, a)) for t, a in enumerate(adapters)]
+    given = {"method": method, "out_dtype": "float64"}
+    report = resm_kernels.merge(base, adapters, tmp_path / "out", **given)
+    resm_kernels.merge(base, wholes, tmp_path / "expected", **given)
+    start, found, expected = (model(p) for p in (base, tmp_path / "out", tmp_path / "expected"))
+    for name, tensor in expected.items():
+        delta = torch.linalg.vector_norm(tensor - start[name].double())
+        error = torch.linalg.vector_norm(found[name] - tensor)
+        assert error <= 1e-5 * delta + 2.0**-23 * torch.linalg.vector_norm(tensor), name
+    if method in METHODS[:4]:
+        result = report.tensors["model.layers.0.mlp.up_proj.weight"]
+        assert result.backends[0] == "factored"
+        assert not any("clamped" in note for note in result.notes)
+
+
+def test_a_merge_in_the_core_is_planned_with_the_memory_of_factors(tmp_path: Path) -> None:
+    """Refusals for memory must not come from the workspace of matrices that are never factored."""
+    name, shape = "model.layers.0.mlp.up_proj.weight", (4096, 2048)
+    base = save(tmp_path / "base", {name: torch.zeros(shape, dtype=torch.bfloat16)})
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    state = {f"{module}.lora_A.weight": torch.ones(2, shape[1])}
+    state |= {f"{module}.lora_B.weight": torch.ones(shape[0], 2)}
+    adapters = [write_adapter(tmp_path / f"a{t}", state) for t in range(2)]
+    whole = save(tmp_path / "whole", {name: torch.ones(shape, dtype=torch.bfloat16)})
+    for method, share in (("tsvm", 0.7), ("iso_c", 0.7), ("resm", 0.8)):
+        core = resm_kernels.plan(base, adapters, method).tensors[0].workspace
+        dense = resm_kernels.plan(base, [adapters[0], whole], method).tensors[0].workspace
+        assert core < share * dense, (method, core, dense)

@@ -422,3 +422,15 @@ def test_output_folder_rules(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     resm_kernels.merge(base, experts, tmp_path / "empty")
     assert resm_kernels.verify(tmp_path / "empty").tensors == 9
+
+
+def test_tied_tensors_stay_tied_in_memory() -> None:
+    """Also by random drops, whose key is the name."""
+    base, *experts = (make_state(seed) for seed in range(3))
+    for state in (base, *experts):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    merged = merge_state_dicts(base, experts, "dare_linear", parameters={"density": 0.5})
+    assert merged["lm_head.weight"] is merged["model.embed_tokens.weight"]
+    experts[1]["lm_head.weight"] = experts[1]["lm_head.weight"].clone()
+    merged = merge_state_dicts(base, experts, "dare_linear", parameters={"density": 0.5})
+    assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])

@@ -75,7 +75,8 @@ class Loaded:
             keys = (keys[0], *keys)
         known = tensor.base_counts, keys  # the base's own NaN and Inf are masked only if it counts
         if known not in self._inputs:
-            base, *experts = [self._placed(values[key], mask) for key in keys]
+            placed = {key: self._placed(values[key], mask) for key in keys}
+            base, *experts = (placed[key] for key in keys)
             assert isinstance(base, torch.Tensor)
             self._inputs[known] = Inputs(tensor.key, base, experts, shared=self._shared)
         return self._inputs[known]

@@ -534,7 +534,17 @@ def _workspace(
         return chunk_workspace(shape, 0, 8, settings, device)
     itemsize = 8 if any(source.wide for source in sources) else 4
     shapes = {part.shape for part in split.parts} if split else {shape}
-    if method is None:
+    ranks = [
+        source.pair.rank if isinstance(source, FactorSource) else 0
+        for source in sources[1:]
+        if isinstance(source, FactorSource) or source.key == sources[0].key
+    ]
+    in_core = None
+    if method is not None and len(ranks) == experts:
+        in_core = method.factored_workspace(shape, ranks, itemsize, settings)
+    if in_core is not None:
+        workspace = in_core
+    elif method is None:
         workspace = chunk_workspace(shape, experts, 8, settings, device)
     else:
         workspace = max(
@@ -542,7 +552,7 @@ def _workspace(
         )
     if split:  # parts that are not views of their tensors
         workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))
-    whole = sum(isinstance(source, FactorSource) for source in sources)
+    whole = 0 if in_core is not None else sum(isinstance(s, FactorSource) for s in sources)
     if method is not None and method.by_matrix:
         whole = min(whole, 1)  # for its statistics
     workspace += (whole + (experts + 1) * aligned) * itemsize * size

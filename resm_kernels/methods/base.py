@@ -160,6 +160,9 @@ class Method(Generic[OptionsT]):
     workspace : callable
         (shape, experts, itemsize of the compute dtype, options, device type) -> bytes that
         `merge` may hold beyond its inputs and its output.
+    factored_workspace : callable
+        (shape, ranks, itemsize, options) -> the same where every expert is given as factors of
+        these ranks; None where `workspace` holds.
     uses_base : bool
         Whether the base's values enter the result.
     validate : callable
@@ -183,6 +186,9 @@ class Method(Generic[OptionsT]):
     declines: Callable[[str, Sequence[int], int, OptionsT], str | None]
     uses_base: bool = True
     validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None
+    factored_workspace: Callable[[Sequence[int], Sequence[int], int, OptionsT], int | None] = (
+        lambda shape, ranks, itemsize, options: None
+    )
     keeps_base: Callable[[Sequence[float], OptionsT], bool] = lambda weights, options: True
     experts: tuple[int, int | None] = (1, None)
     by_matrix: bool = False

@@ -58,17 +58,27 @@ class Inputs:
         """One of the matrices that the weight holds."""
         if part in self._parts:
             return self._parts[part]
+        base = part.of(self.base)
         experts: list[torch.Tensor | FactoredDelta] = []
         for t, expert in enumerate(self.experts):
-            if isinstance(expert, FactoredDelta):
+            if expert is self.base:
+                experts.append(base)
+            elif isinstance(expert, FactoredDelta):
                 factors = part.factors(expert.left, expert.right)
                 experts.append(FactoredDelta(*factors) if factors else part.of(self.expert(t)))
             else:
                 experts.append(part.of(expert))
-        found = Inputs(self.name, part.of(self.base), experts, shared=self.shared)
+        found = Inputs(self.name, base, experts, shared=self.shared)
         if self.shared:
             self._parts[part] = found
         return found
+
+    def rank(self, t: int) -> int | None:
+        """The most directions that expert t changes, None where only its entries tell."""
+        expert = self.experts[t]
+        if isinstance(expert, FactoredDelta):
+            return expert.left.shape[1]
+        return 0 if expert is self.base else None
 
     @property
     def factored(self) -> bool:
@@ -102,8 +112,13 @@ class Inputs:
         return self.once("whole", None, lambda: tuple(map(self.expert, range(len(self.experts)))))
 
     def delta(self, t: int, mask: Mask | None = None) -> Delta:
-        """The change of expert t, masked; factors stay factors where there is no mask."""
+        """The change of expert t, masked; factors stay factors where there is no mask.
+
+        An expert that is the base itself, as an adapter leaves it, has factors of rank 0.
+        """
         expert = self.experts[t]
+        if expert is self.base:
+            return FactoredDelta(*(self.base.new_zeros(n, 0) for n in self.base.shape))
         if isinstance(expert, FactoredDelta) and mask is None:
             return expert
         return masked_delta(self.base, self.expert(t), mask)

@@ -140,6 +140,20 @@ def common_space_workspace(
     return equalising_workspace(shape, experts, itemsize, options, device) + held
 
 
+def factored_workspace(
+    shape: Sequence[int], ranks: Sequence[int], itemsize: int, options: SpectralOptions
+) -> int | None:
+    """Bytes that a merge in the core of its factors holds at its peak; RESM's statistics make one
+    expert whole at a time, and its masks all of them."""
+    whole = 0
+    if isinstance(options, ResmOptions):
+        if options.mask_noise:
+            return None
+        whole = itemsize * shape[0] * shape[1]
+    factors = 6 * 8 * sum(shape) * sum(ranks)
+    return int(SLACK * (factors + whole + _panels(shape, itemsize))) + BLAS_BUFFERS
+
+
 def _panels(shape: Sequence[int], itemsize: int) -> int:
     return 3 * itemsize * min(PANEL, shape[0] * shape[1])
 
@@ -202,10 +216,12 @@ def _iso_c(
 
 def _weighted_total(inputs: Inputs, weights: Sequence[float]) -> Delta:
     """sum_t w_t D_t: factors side by side where all are factors, else a float64 matrix."""
-    factors = [expert for expert in inputs.experts if isinstance(expert, FactoredDelta)]
-    if len(factors) == len(weights):
-        scaled = [f.left.double() * weight for f, weight in zip(factors, weights, strict=True)]
-        return FactoredDelta(torch.cat(scaled, 1), torch.cat([f.right for f in factors], 1))
+    known = range(len(weights))
+    if all(inputs.rank(t) is not None for t in known):
+        factors = [f for f in map(inputs.delta, known) if isinstance(f, FactoredDelta)]
+        left = [f.left.double() * weight for f, weight in zip(factors, weights, strict=True)]
+        right = [f.right.double() for f in factors]
+        return FactoredDelta(torch.cat(left, 1), torch.cat(right, 1))
     total = torch.zeros(inputs.base.shape, dtype=torch.float64, device=inputs.base.device)
     for t, weight in enumerate(weights):
         delta = inputs.delta(t)
@@ -318,10 +334,8 @@ def _merge_subspaces(
     masks: tuple[Mask, ...] | None = None,
 ) -> Merged:
     solver = _solver(options, inputs.dtype.itemsize)
-    ranks = [
-        min(rank, expert.left.shape[1]) if isinstance(expert, FactoredDelta) else rank
-        for rank, expert in zip(ranks, inputs.experts, strict=True)
-    ]
+    most = [inputs.rank(t) for t in range(len(ranks))]
+    ranks = [r if known is None else min(r, known) for r, known in zip(ranks, most, strict=True)]
     deltas = [
         functools.partial(inputs.delta, t, None if masks is None else masks[t])
         for t in range(len(ranks))
@@ -375,6 +389,7 @@ TSVM = Method(
     workspace=spectral_workspace,
     declines=spectral_declines,
     by_matrix=True,
+    factored_workspace=factored_workspace,
 )
 
 RESM = Method(
@@ -388,6 +403,7 @@ RESM = Method(
     workspace=spectral_workspace,
     declines=spectral_declines,
     by_matrix=True,
+    factored_workspace=factored_workspace,
 )
 
 ISO_C = Method(
@@ -400,6 +416,7 @@ ISO_C = Method(
     workspace=equalising_workspace,
     declines=spectral_declines,
     by_matrix=True,
+    factored_workspace=factored_workspace,
 )
 
 ISO_CTS = Method(
@@ -413,4 +430,5 @@ ISO_CTS = Method(
     workspace=common_space_workspace,
     declines=spectral_declines,
     by_matrix=True,
+    factored_workspace=factored_workspace,
 )
