@@ -154,7 +154,10 @@ def sweep(repeats: int) -> None:
             three = [*RESM, "sweep", *given, "--method", method, "--lambda", LAMBDAS, str(out)]
             pairs = [(run(single, out), run(three, out)) for _ in range(repeats)]
             one, several = (
-                {key: statistics.median(pair[i][key] for pair in pairs) for key in pairs[0][i]}
+                {
+                    key: round(statistics.median(pair[i][key] for pair in pairs), 2)
+                    for key in pairs[0][i]
+                }
                 for i in (0, 1)
             )
             rows.append(
