@@ -61,23 +61,23 @@ def subspace_overlap(
     other experts c (ours). Pairs overlap by about q / min(m, n) by chance.
     """
     kept = [min(s.rank, leading) for s in subspaces]
-    scale = torch.cat(
-        [
-            s.values[:count].double() * abs(weight)
-            for s, count, weight in zip(subspaces, kept, weights or [1.0] * len(kept), strict=True)
-        ]
-    )
+    scales = [
+        s.values[:count].double() * abs(weight)
+        for s, count, weight in zip(subspaces, kept, weights or [1.0] * len(kept), strict=True)
+    ]
     left, right = (
         _products([side[:, :count] for side, count in zip(sides, kept, strict=True)])
         for sides in ([s.left for s in subspaces], [s.right for s in subspaces])
     )
-    squares = [float(values.square().sum()) for values in scale.split(kept)]
+    squares = [float(scale.square().sum()) for scale in scales]
     rows, columns = subspaces[0].left.shape[0], subspaces[0].right.shape[0]
     chance = sum(
         kept[a] * kept[b] * math.sqrt(sum(sq for c, sq in enumerate(squares) if c not in (a, b)))
         for a, b in itertools.product(range(len(kept)), repeat=2)
     ) * math.sqrt(2 / (math.pi * max(1, rows * columns)))
-    interference = float(((left * scale) @ right).abs().sum()) / chance if chance else 0.0
+    interference = (
+        float(((left * torch.cat(scales)) @ right).abs().sum()) / chance if chance else 0.0
+    )
     ends = list(itertools.accumulate(kept, initial=0))
     blocks = [slice(*ends[t : t + 2]) for t in range(len(kept))]
     pairs = []
