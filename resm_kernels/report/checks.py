@@ -182,10 +182,9 @@ def comparison_table(found: Comparison) -> RenderableType:
 def _columns(title: str, heads: Sequence[str]) -> Table:
     """A table whose first column is text."""
     made = Table(title=Text(title, style="bold"), title_justify="left", box=None)
-    for i, head in enumerate(heads):
-        made.add_column(
-            head, justify="right" if i else "left", overflow="fold", min_width=0 if i else 40
-        )
+    made.add_column(heads[0], overflow="fold", min_width=40)
+    for head in heads[1:]:
+        made.add_column(head, justify="right", overflow="fold")
     return made
 
 
