@@ -105,6 +105,8 @@
   const pick = (td) => {
     show(Number(td.dataset.k));
     box.classList.add("on");
+    td.tabIndex = 0;
+    td.focus({ preventScroll: true });
   };
 
   for (const td of cells) td.title = data.cells[td.dataset.k].t + (td.textContent ? "\n" + td.textContent : "");
