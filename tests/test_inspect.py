@@ -41,9 +41,8 @@ def test_sound_experts_get_numbers_and_no_findings(
             assert change.relative == pytest.approx(
                 float(delta.norm() / weight.double().norm()), rel=1e-3
             )
-            assert change.changed_share == pytest.approx(
-                float((delta != 0).double().mean()), abs=1e-4
-            )
+            share = float((delta != 0).double().mean())
+            assert change.changed_share == pytest.approx(share, abs=1e-4)
             assert change.rank is None
         cosine = float((deltas[0] * deltas[1]).sum() / deltas[0].norm() / deltas[1].norm())
         assert one.cosines[0] == pytest.approx(cosine, rel=1e-3, abs=1e-4)
@@ -86,7 +85,7 @@ def test_an_unchanged_expert_a_doubled_one_and_a_frozen_layer(tmp_path: Path) ->
     text = said(found)
     assert f"error: {experts[2]}: equal to the base" in text
     assert f"error: {experts[0]} and {experts[1]} are the same model" in text
-    assert f"{experts[3]}: 1 layers are as in the base (model.layers.1)" in text
+    assert f"{experts[3]}: 1 of 2 layers as in the base (model.layers.1)" in text
     assert len(found.findings) == 3
     assert [f.severity for f in found.findings] == ["error", "error", "note"]
 
@@ -160,7 +159,7 @@ def test_adapters_are_experts(rank: bool, tmp_path: Path) -> None:
     untouched = tensor(found, "model.layers.1.mlp.up_proj.weight").changes[0]
     assert untouched.changed_share == 0.0
     (finding,) = found.findings
-    assert "1 layers are as in the base (model.layers.1)" in finding.what
+    assert "1 of 2 layers as in the base (model.layers.1)" in finding.what
 
 
 def test_ranks_and_overlap_are_known(tmp_path: Path) -> None:

@@ -323,10 +323,11 @@ class _Inspector:
                 f"{name}: equal to the base",
                 "Leave it out: it would only dilute the others. Was the right checkpoint named?",
             )
-        elif layers := _unchanged_layers(changes):
+        elif frozen := [layer for layer, changed in _layers(changes).items() if not changed]:
+            many = f"{len(frozen)} of {len(_layers(changes))} layers"
             say(
                 "note",
-                f"{name}: {len(layers)} layers are as in the base ({_some(layers)})",
+                f"{name}: {many} as in the base ({_some(frozen)})",
                 "Expected where layers were frozen or an adapter leaves them alone.",
             )
         if self.absent[t]:
@@ -367,8 +368,8 @@ class _Inspector:
         return [n for n in expert.tensors if n not in known and expert.aliases.get(n) not in known]
 
 
-def _unchanged_layers(changes: dict[str, Change]) -> list[str]:
-    """Layers of which no entry changed; the layer is the first number in a dotted name."""
+def _layers(changes: dict[str, Change]) -> dict[str, bool]:
+    """Whether any entry of a layer changed; the layer is the first number in a dotted name."""
     layers: dict[str, bool] = {}
     for name, change in changes.items():
         parts = name.split(".")
@@ -376,7 +377,7 @@ def _unchanged_layers(changes: dict[str, Change]) -> list[str]:
         if numbers:
             layer = ".".join(parts[: numbers[0] + 1])
             layers[layer] = layers.get(layer, False) or change.changed_share > 0.0
-    return [layer for layer, changed in layers.items() if not changed]
+    return layers
 
 
 def _some(names: Sequence[str]) -> str:
