@@ -244,6 +244,33 @@ def test_report_draws_anew_what_the_merge_drew(
     resm_kernels.verify(out)
 
 
+def test_a_resumed_merge_keeps_what_was_measured(
+    family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = family
+    whole = resm_kernels.merge(base, experts, tmp_path / "whole", shard_size="700B", workers=1)
+    original, left = pipeline.merge_planned, 6
+
+    def breaking(*given: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError("stopped")
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "merge_planned", breaking)
+        with pytest.raises(OSError, match="stopped"):
+            resm_kernels.merge(base, experts, tmp_path / "out", shard_size="700B", workers=1)
+    resumed = resm_kernels.merge(
+        base, experts, tmp_path / "out", shard_size="700B", workers=1, resume=True
+    )
+    assert resumed.kept_shards
+    for name, result in whole.tensors.items():
+        assert resumed.tensors[name].measures == result.measures
+    resm_kernels.verify(tmp_path / "out")
+
+
 def test_sweeps_have_a_page_each(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, experts = family
     resm_kernels.sweep(base, experts, tmp_path / "out", "tsvm", lambdas=[0.5, 1.0])
