@@ -139,9 +139,7 @@ def test_every_byte_of_a_small_output_flipped(small: Scene) -> None:
             watched.assert_found(path, place, flip(place, dice.randrange(1, 256)))
             flips += 1
     resm_kernels.verify(small.whole)
-    print(
-        f"\nflipped {flips} bytes, of the page every 16th: all found, file and tensor named"
-    )
+    print(f"\nflipped {flips} bytes, of the page every 16th: all found, file and tensor named")
 
 
 @pytest.mark.timeout(1200)
