@@ -9,6 +9,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from resm_kernels.api import (
+        compare as compare,
+    )
+    from resm_kernels.api import (
+        draw_report as draw_report,
+    )
+    from resm_kernels.api import (
+        inspect as inspect,
+    )
+    from resm_kernels.api import (
         merge as merge,
     )
     from resm_kernels.api import (
@@ -29,6 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "compare",
+    "draw_report",
+    "inspect",
     "merge",
     "merge_state_dicts",
     "merge_tensors",

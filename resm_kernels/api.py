@@ -13,12 +13,17 @@ from typing import Any, Literal
 import torch
 
 from resm_kernels.checkpoint.dtypes import OUT_DTYPES
+from resm_kernels.checkpoint.files import seal_text, unseal, write_file
+from resm_kernels.checkpoint.hub import ModelReference
+from resm_kernels.checkpoint.journal import PAGE, REPORT
 from resm_kernels.checkpoint.manifest import Verification, verify_folder
+from resm_kernels.engine.comparison import Comparison, compare_checkpoints
+from resm_kernels.engine.inspection import Inspection, inspect_experts
 from resm_kernels.engine.options import EngineOptions, parse_size
 from resm_kernels.engine.pipeline import Progress, run_plan, run_plans
 from resm_kernels.engine.plan import MergePlan, make_plan, make_plans
 from resm_kernels.engine.result import MergeReport
-from resm_kernels.errors import NonFiniteError, UsageError
+from resm_kernels.errors import NonFiniteError, UsageError, VerificationError
 from resm_kernels.methods import Inputs, find_method, merge_weight, split_of
 from resm_kernels.ops.dtypes import is_finite
 from resm_kernels.recipe import (
@@ -31,6 +36,7 @@ from resm_kernels.recipe import (
     sweep_outputs,
 )
 from resm_kernels.report.card import model_card
+from resm_kernels.report.html import merge_page
 
 Model = str | os.PathLike[str]
 StateDict = Mapping[str, Any]
@@ -56,6 +62,7 @@ def merge(
     allow_missing: bool = False,
     allow_extra: bool = False,
     resume: bool = False,
+    no_report: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge checkpoints on disk into a new checkpoint, tensor by tensor.
@@ -82,6 +89,8 @@ def merge(
         See `EngineOptions`; sizes in bytes or as `"5GB"`.
     resume : bool
         Go on where an interrupted run of the same plan stopped.
+    no_report : bool
+        Leave out `resm_report.html`.
     progress : Progress, optional
         Told about bytes as they are done.
 
@@ -119,7 +128,7 @@ def merge(
         allow_missing=allow_missing,
         allow_extra=allow_extra,
     )
-    return execute(made, output, resume=resume, progress=progress)
+    return execute(made, output, resume=resume, no_report=no_report, progress=progress)
 
 
 def plan(
@@ -160,11 +169,21 @@ def plan(
 
 
 def execute(
-    made: MergePlan, output: Model, *, resume: bool = False, progress: Progress | None = None
+    made: MergePlan,
+    output: Model,
+    *,
+    resume: bool = False,
+    no_report: bool = False,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Carry out a plan; `output` and errors as for `merge`."""
     return run_plan(
-        made, Path(output), resume=resume, progress=progress, extra_files=_written_files
+        made,
+        Path(output),
+        resume=resume,
+        progress=progress,
+        extra_files=_written_files,
+        draw=None if no_report else merge_page,
     )
 
 
@@ -180,6 +199,7 @@ def sweep(
     parameters: Mapping[str, Any] | None = None,
     out_dtype: str | None = None,
     resume: bool = False,
+    no_report: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, MergeReport]:
@@ -223,7 +243,7 @@ def sweep(
         out_dtype=out_dtype,
         **options,
     )
-    return execute_sweep(made, output, resume=resume, progress=progress)
+    return execute_sweep(made, output, resume=resume, no_report=no_report, progress=progress)
 
 
 def plan_sweep(
@@ -273,11 +293,17 @@ def execute_sweep(
     output: Model,
     *,
     resume: bool = False,
+    no_report: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, MergeReport]:
     """Carry out the plans of a sweep; `output` and errors as for `sweep`."""
     return run_plans(
-        made, Path(output), resume=resume, progress=progress, extra_files=_written_files
+        made,
+        Path(output),
+        resume=resume,
+        progress=progress,
+        extra_files=_written_files,
+        draw=None if no_report else merge_page,
     )
 
 
@@ -339,6 +365,77 @@ def recipe_content(
     if out_dtype is not None:
         content["out_dtype"] = out_dtype
     return content
+
+
+def compare(a: Model, b: Model, base: Model | None = None) -> Comparison:
+    """How far two checkpoints lie apart, tensor by tensor.
+
+    Parameters
+    ----------
+    a, b : path or Hub id
+    base : path or Hub id, optional
+        Their common base: adds distances against the changes to it, and the changes' cosines.
+
+    Raises
+    ------
+    CheckpointError
+        Where one of them cannot be read.
+    """
+    one, other = ModelReference(os.fspath(a)), ModelReference(os.fspath(b))
+    origin = None if base is None else ModelReference(os.fspath(base))
+    return compare_checkpoints(one, other, origin)
+
+
+def inspect(base: Model, experts: Sequence[Model], *, rank: bool = False) -> Inspection:
+    """Look at experts before merging them: what they changed, and what looks wrong.
+
+    Parameters
+    ----------
+    base, experts : path or Hub id
+        As for `merge`; experts may be LoRA adapters.
+    rank : bool
+        Also factor every matrix, which takes about as long as merging.
+
+    Raises
+    ------
+    CheckpointError
+        Where one of them cannot be read.
+    """
+    models = [ModelReference(os.fspath(expert)) for expert in experts]
+    return inspect_experts(ModelReference(os.fspath(base)), models, rank=rank)
+
+
+def draw_report(path: Model, output: Model | None = None) -> Path:
+    """Draw the HTML report of a finished merge anew, from `resm_report.json`.
+
+    Parameters
+    ----------
+    path : path
+        A folder that `merge` made.
+    output : path, optional
+        The file to write; `resm_report.html` in the folder by default.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    VerificationError
+        Where `resm_report.json` is missing, damaged, or not the report of a merge.
+    OutputError
+        Where the file cannot be written.
+    """
+    source = Path(path) / REPORT
+    report = MergeReport.from_dict(unseal(source))
+    try:
+        page = merge_page(report)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise VerificationError(f"{source}: not the report of a merge: {error!r}") from error
+    target = Path(path) / PAGE if output is None else Path(output)
+    write_file(target, seal_text(page))
+    return target
 
 
 def verify(path: Model) -> Verification:

@@ -104,6 +104,44 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("path", metavar="OUT")
     verify.set_defaults(run=_verify)
 
+    report = commands.add_parser(
+        "report", parents=[common], help="draw the HTML report of a merge anew"
+    )
+    report.add_argument("path", metavar="OUT")
+    report.add_argument("-o", "--output", metavar="FILE", help="default: OUT/resm_report.html")
+    report.set_defaults(run=_report)
+
+    compare = commands.add_parser(
+        "compare",
+        parents=[common],
+        help="how far two checkpoints lie apart",
+        description="Compare two checkpoints tensor by tensor. Exit code 0 whether they are equal "
+        "or not: --json says `equal`.",
+    )
+    compare.add_argument("a", metavar="A")
+    compare.add_argument("b", metavar="B")
+    compare.add_argument("--base", metavar="MODEL", help="their base: compare the changes to it")
+    compare.add_argument("--html", metavar="FILE", help="also write a page")
+    compare.set_defaults(run=_compare)
+
+    inspect = commands.add_parser(
+        "inspect",
+        parents=[common],
+        help="look at experts before merging them",
+        description="What every expert changed in the base, and what looks wrong: another base, "
+        "an unchanged or doubled expert, other vocabularies. Exit code 0 unless a model cannot be "
+        "read.",
+    )
+    inspect.add_argument("base", metavar="BASE")
+    inspect.add_argument(
+        "--expert", metavar="MODEL", action="append", required=True, help="repeat for each"
+    )
+    inspect.add_argument(
+        "--rank", action="store_true", help="factor too: ranks and overlap, as slow as a merge"
+    )
+    inspect.add_argument("--html", metavar="FILE", help="also write a page")
+    inspect.set_defaults(run=_inspect)
+
     methods = commands.add_parser("methods", parents=[common], help="list methods and parameters")
     methods.set_defaults(run=_methods)
 
@@ -193,6 +231,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         action="store_true",
         help="leave out tensors of experts that the base lacks",
     )
+    how.add_argument("--no-report", action="store_true", help="do not write resm_report.html")
     how.add_argument("--quiet", action="store_true", help="no progress")
     return what
 
@@ -212,7 +251,11 @@ def _merge(options: argparse.Namespace) -> int:
             Console().print(plan_table(made))
         return 0
     report = api.execute(
-        made, options.paths[-1], resume=options.resume, progress=_progress(options)
+        made,
+        options.paths[-1],
+        resume=options.resume,
+        no_report=options.no_report,
+        progress=_progress(options),
     )
     if options.json:
         _print_json(report.to_dict())
@@ -243,7 +286,11 @@ def _sweep(options: argparse.Namespace) -> int:
             )
         return 0
     reports = api.execute_sweep(
-        made, options.paths[-1], resume=options.resume, progress=_progress(options)
+        made,
+        options.paths[-1],
+        resume=options.resume,
+        no_report=options.no_report,
+        progress=_progress(options),
     )
     if options.json:
         _print_json({name: report.to_dict() for name, report in reports.items()})
@@ -365,6 +412,57 @@ def _verify(options: argparse.Namespace) -> int:
     if found.unlisted:
         print(f"not part of the merge: {', '.join(found.unlisted)}")
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from resm_kernels import api
+
+    written = str(api.draw_report(options.path, options.output))
+    if options.json:
+        _print_json({"path": written})
+    else:
+        print(written)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from resm_kernels import api
+    from resm_kernels.report.checks import comparison_page, comparison_table
+
+    found = api.compare(options.a, options.b, options.base)
+    if options.html:
+        _write_page(options.html, comparison_page(found))
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        Console().print(comparison_table(found))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from resm_kernels import api
+    from resm_kernels.report.checks import inspection_page, inspection_table
+
+    found = api.inspect(options.base, options.expert, rank=options.rank)
+    if options.html:
+        _write_page(options.html, inspection_page(found))
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        Console().print(inspection_table(found))
+    return 0
+
+
+def _write_page(path: str, page: str) -> None:
+    from pathlib import Path
+
+    from resm_kernels.checkpoint.files import seal_text, write_file
+
+    write_file(Path(path), seal_text(page))
 
 
 def _methods(options: argparse.Namespace) -> int:

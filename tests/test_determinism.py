@@ -46,7 +46,7 @@ def digest(items: dict[str, bytes]) -> str:
 
 def files(output: Path) -> str:
     found = contents(output)
-    del found["resm_report.json"]
+    del found["resm_report.json"], found["resm_report.html"]
     return digest(found)
 
 

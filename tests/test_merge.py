@@ -21,6 +21,7 @@ from tests.checkpoints import contents, fine_tuned, make_state, save, save_famil
 
 METHODS = ["resm", "tsvm", "iso_c", "task_arithmetic", "linear"]
 MODEL_FILES = {"config.json", "README.md", "model.safetensors", "resm_manifest.json"}
+REPORTS = {"resm_report.json", "resm_report.html"}
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,8 +48,8 @@ def test_two_runs_give_the_same_bytes_but_for_the_report(tmp_path: Path) -> None
     for name, workers in (("one", 1), ("two", 4)):
         resm_kernels.merge(base, experts, tmp_path / name, workers=workers)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert one.keys() == two.keys() == MODEL_FILES | {"resm_report.json"}
-    assert {name for name in one if one[name] != two[name]} == {"resm_report.json"}
+    assert one.keys() == two.keys() == MODEL_FILES | REPORTS
+    assert {name for name in one if one[name] != two[name]} == REPORTS
 
 
 @pytest.mark.parametrize("size", ["1B", "600B", "2KB", "1GB"])
@@ -337,7 +338,7 @@ def test_companion_files_are_copied_and_code_only_where_needed(tmp_path: Path) -
         "generation_config.json",
         "additional_chat_templates/tool.jinja",
     }
-    assert found == MODEL_FILES | {"resm_report.json"} | companions
+    assert found == MODEL_FILES | REPORTS | companions
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
     (base / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_x.X"}}')
     resm_kernels.merge(base, experts, tmp_path / "coded")

@@ -77,7 +77,7 @@ def test_a_100m_llama_merges_loads_and_repeats(tmp_path: Path) -> None:
 
     one, two = tmp_path / "one", tmp_path / "two"
     for path in one.iterdir():
-        if path.name != "resm_report.json":
+        if not path.name.startswith("resm_report."):
             assert path.read_bytes() == (two / path.name).read_bytes(), path.name
     merged, split, origin = load(one), load(tmp_path / "split"), load(base)
     assert len(list((tmp_path / "split").glob("*.safetensors"))) >= 4

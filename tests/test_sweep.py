@@ -32,7 +32,7 @@ LAMBDAS = [0.5, 1.0]
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
-    return {n: b for n, b in contents(folder).items() if n != "resm_report.json"}
+    return {n: b for n, b in contents(folder).items() if not n.startswith("resm_report.")}
 
 
 @pytest.fixture

@@ -149,5 +149,23 @@ def unseal(path: Path) -> dict[str, Any]:
     return content
 
 
+def seal_text(text: str) -> bytes:
+    """An HTML text with a last line that holds the digest of all before it."""
+    body = text.encode(errors="backslashreplace").rstrip(b"\n") + b"\n"
+    return body + f"<!-- {SEAL} {hashlib.sha256(body).hexdigest()} -->\n".encode()
+
+
+def check_sealed_text(path: Path) -> None:
+    """VerificationError where a text that `seal_text` made is missing or changed."""
+    try:
+        with open_regular(path) as file:
+            raw = file.read(MAX_SEALED + 1)
+    except OSError as error:
+        raise VerificationError(f"{path}: cannot be read: {error.strerror}") from error
+    body = raw[: raw.rfind(b"<!--")]
+    if len(raw) > MAX_SEALED or raw != seal_text(body.decode(errors="replace")):
+        raise VerificationError(f"{path}: damaged: it does not match its own digest")
+
+
 def _pretty(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()

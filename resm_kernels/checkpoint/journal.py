@@ -31,6 +31,7 @@ LOG = logging.getLogger(__name__)
 JOURNAL = "resm_journal.jsonl"
 MANIFEST = "resm_manifest.json"
 REPORT = "resm_report.json"
+PAGE = "resm_report.html"
 
 
 def absolute(output: Path) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from resm_kernels import __version__
-from resm_kernels.checkpoint.files import hash_ranges, seal, unseal
-from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, REPORT
+from resm_kernels.checkpoint.files import check_sealed_text, hash_ranges, seal, unseal
+from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, PAGE, REPORT
 from resm_kernels.checkpoint.writer import ShardLayout, weight_map
 from resm_kernels.errors import VerificationError
 
@@ -112,7 +112,9 @@ def _verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> Verification:
         )
     problems = []
     try:
-        unseal(folder / REPORT)
+        report = unseal(folder / REPORT)
+        if report.get("drawn") or (folder / PAGE).exists():
+            check_sealed_text(folder / PAGE)
     except VerificationError as error:
         problems.append(error.what)
     by_file: dict[str, list[tuple[int, int, str, str]]] = {}
@@ -129,7 +131,7 @@ def _verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> Verification:
         raise VerificationError(
             "\n".join([f"{folder}: does not match its manifest", *(f"  - {p}" for p in problems)])
         )
-    known = {*manifest["files"], MANIFEST, REPORT, JOURNAL}
+    known = {*manifest["files"], MANIFEST, REPORT, PAGE, JOURNAL}
     unlisted = sorted(
         p.relative_to(folder).as_posix()
         for p in folder.rglob("*")
@@ -138,7 +140,7 @@ def _verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> Verification:
     return Verification(
         path=str(folder),
         plan_id=manifest["plan_id"],
-        files=len(manifest["files"]) + 2,
+        files=len(manifest["files"]) + 2 + (folder / PAGE).exists(),
         tensors=len(manifest["tensors"]),
         total_bytes=total,
         unlisted=tuple(unlisted),

@@ -10,7 +10,9 @@ import torch
 
 from resm_kernels.checkpoint.vocabulary import align_tables
 from resm_kernels.engine.matching import FactorSource, Key
+from resm_kernels.engine.measures import measure, spectrum_points
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step
+from resm_kernels.engine.result import Measures
 from resm_kernels.errors import NonFiniteError
 from resm_kernels.linalg import FactoredDelta
 from resm_kernels.methods import Inputs, Merged, merge_weight
@@ -91,29 +93,39 @@ def _keys(tensor: PlannedTensor) -> tuple[Key, ...]:
     return tuple(source.key for source in tensor.sources)
 
 
-def merge_planned(plan: MergePlan, tensor: PlannedTensor, loaded: Loaded) -> Merged:
-    """Merge one planned tensor; the result lies on the CPU."""
+def merge_planned(
+    plan: MergePlan, tensor: PlannedTensor, loaded: Loaded
+) -> tuple[Merged, Measures | None]:
+    """Merge one planned tensor; the result lies on the CPU.
+
+    Merges by spectral methods are measured: beside factoring, another reading costs nothing.
+    """
     values = loaded.values(plan, tensor)
     base = values.get(tensor.base.key)
     if not tensor.base.info.dtype.mergeable:
         assert isinstance(base, torch.Tensor)
-        return Merged(base, "copy")
+        return Merged(base, "copy"), None
     out_dtype = tensor.slot.dtype.torch
     mask, notes = _screen(plan, tensor, loaded, values)
     inputs = loaded.inputs(tensor, values, mask)
+    measures = None
     if tensor.rule == "copy":
         merged = Merged(inputs.base.to(out_dtype), "copy")
     else:
         merged = merge_weight(
             tensor.method, inputs, tensor.weights, tensor.options, out_dtype, tensor.split
         )
+        if tensor.method.by_matrix:
+            points = spectrum_points(len(plan.tensors), len(inputs.experts))
+            measures = measure(inputs, merged, points)
     result = merged.tensor.cpu()
     if not is_finite(result):
         notes += _overflow(plan, tensor, result)
     if mask is not None:
         assert isinstance(base, torch.Tensor)
         result[mask] = base[mask].to(out_dtype)
-    return replace(merged, tensor=result, notes=(*tensor.notes, *merged.notes, *notes))
+    notes = [*tensor.notes, *merged.notes, *notes]
+    return replace(merged, tensor=result, notes=tuple(notes), spectra=()), measures
 
 
 def _screen(

@@ -17,10 +17,11 @@ import torch
 
 from resm_kernels import __version__
 from resm_kernels.checkpoint.companions import companion_files
-from resm_kernels.checkpoint.files import seal, sync_folder, unseal, writing
+from resm_kernels.checkpoint.files import seal, seal_text, sync_folder, unseal, writing
 from resm_kernels.checkpoint.journal import (
     JOURNAL,
     MANIFEST,
+    PAGE,
     REPORT,
     OutputFolder,
     absolute,
@@ -102,6 +103,7 @@ class Ledger:
 
 ExtraFiles = Callable[[MergeReport], Mapping[str, bytes]]
 Companions = dict[tuple[str | None, int, int], dict[str, bytes]]
+Draw = Callable[[MergeReport], str]
 
 
 def run_plan(
@@ -111,6 +113,7 @@ def run_plan(
     resume: bool = False,
     progress: Progress | None = None,
     extra_files: ExtraFiles | None = None,
+    draw: Draw | None = None,
 ) -> MergeReport:
     """Carry out a plan: afterwards `output` is complete, or it does not exist.
 
@@ -122,6 +125,8 @@ def run_plan(
         Keep the shards that an interrupted run of the same plan finished.
     extra_files : callable, optional
         Further small files of the output, from the finished report; must not depend on time.
+    draw : callable, optional
+        The HTML report, from the finished report; where it fails, the merge does not.
 
     Raises
     ------
@@ -131,7 +136,7 @@ def run_plan(
     output = absolute(output)
     check_output(output, plan.input_folders, resume=resume)
     check_disk([] if resume else plan.layouts, output)
-    (report,) = _run_together([(plan, output)], progress, extra_files)
+    (report,) = _run_together([(plan, output)], progress, extra_files, draw)
     return report
 
 
@@ -142,6 +147,7 @@ def run_plans(
     resume: bool = False,
     progress: Progress | None = None,
     extra_files: ExtraFiles | None = None,
+    draw: Draw | None = None,
 ) -> dict[str, MergeReport]:
     """Carry out several plans of the same inputs in one pass over them.
 
@@ -150,7 +156,7 @@ def run_plans(
     plans : mapping
         By the name of their folder in `output`; each is built, finished and resumed as by
         `run_plan`, to the same bytes.
-    output, resume, progress, extra_files
+    output, resume, progress, extra_files, draw
         As for `run_plan`; finished folders in `output` are checked and kept when resuming.
     """
     output = absolute(output)
@@ -172,7 +178,7 @@ def run_plans(
         for name, plan in pending:
             check_output(output / name, plan.input_folders, resume=resume)
         found = _run_together(
-            [(plan, output / name) for name, plan in pending], progress, extra_files
+            [(plan, output / name) for name, plan in pending], progress, extra_files, draw
         )
     except BaseException:
         with contextlib.suppress(OSError):
@@ -254,13 +260,15 @@ class _Target:
                 fix=f"remove {self.folder.path / shard} to have it merged again, then resume",
             ) from error
 
-    def finish(self, extra_files: ExtraFiles | None) -> None:
+    def finish(self, extra_files: ExtraFiles | None, draw: Draw | None) -> None:
         """Write the small files and give the folder its name."""
         plan, report = self.plan, self.report
         files = dict(self.companions)
         files.update(index_file(plan.layouts))
         files.update(extra_files(report) if extra_files else {})
-        sealed = seal(report.to_dict())
+        page = _drawn(report, draw)
+        report.drawn = bool(page)
+        timed = {REPORT: seal(report.to_dict()), **page}
         files[MANIFEST] = build_manifest(
             plan_id=plan.plan_id,
             recipe=plan.recipe.to_dict(),
@@ -270,14 +278,26 @@ class _Target:
             facts={name: result.facts() for name, result in report.tensors.items()},
             files=files,
         )
-        self.folder.finish({REPORT: sealed, **files})
+        self.folder.finish({**timed, **files})
         self.complete = True
+
+
+def _drawn(report: MergeReport, draw: Draw | None) -> dict[str, bytes]:
+    """The HTML report, sealed; nothing where it cannot be drawn."""
+    if draw is None:
+        return {}
+    try:
+        return {PAGE: seal_text(draw(report))}
+    except Exception as error:  # a merge is not lost for its picture
+        LOG.warning("%s was not drawn: %r", PAGE, error)
+        return {}
 
 
 def _run_together(
     jobs: Sequence[tuple[MergePlan, Path]],
     progress: Progress | None,
     extra_files: ExtraFiles | None,
+    draw: Draw | None,
 ) -> list[MergeReport]:
     started = time.perf_counter()
     targets: list[_Target] = []
@@ -306,7 +326,7 @@ def _run_together(
                 _check_inputs_unchanged(target.plan)
                 target.report.peak_memory, target.report.predicted_memory = held, peak
                 target.report.seconds = time.perf_counter() - started
-                target.finish(extra_files)
+                target.finish(extra_files, draw)
         return [target.report for target in targets]
     except BaseException:
         for target in targets:
@@ -460,7 +480,7 @@ class _Run:
         inputs.clear()
         for target, tensor in task.parts:
             start = time.perf_counter()
-            merged = merge_planned(target.plan, tensor, loaded)
+            merged, measures = merge_planned(target.plan, tensor, loaded)
             target.results[tensor.name] = TensorResult(
                 name=tensor.name,
                 rule=merged.rule,
@@ -474,6 +494,7 @@ class _Run:
                 backends=merged.backends,
                 notes=merged.notes,
                 seconds=time.perf_counter() - start,
+                measures=measures,
             )
             self._submit("write", self._write, task, target, tensor, merged.tensor)
 
@@ -534,4 +555,5 @@ def _empty_report(plan: MergePlan, output: Path) -> MergeReport:
             "python": platform.python_version(),
         },
         left_out=dict(plan.left_out),
+        inputs=[{"model": c.reference, "digest": c.digest} for c in (plan.base, *plan.experts)],
     )

@@ -10,6 +10,39 @@ from resm_kernels.errors import VerificationError
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What a merge did to the deltas of one weight, to four digits.
+
+    Attributes
+    ----------
+    base_norm, merged_norm : float
+        ||W_0||_F and ||M||_F, where M = W - W_0 for the weight W as it was stored.
+    delta_norms : tuple of float
+        ||D_t||_F per expert.
+    retentions : tuple of float or None
+        <M, D_t> / ||D_t||_F^2 per expert; None where D_t = 0.
+    cosines : tuple of float
+        <D_t, D_u> / (||D_t||_F ||D_u||_F) for every pair t < u of experts.
+    interference, overlaps
+        As in `linalg.Overlap`; the pairs in the order of `cosines`.
+    spectrum_at : tuple of int
+        Places of the singular values in `spectra`, from 1.
+    spectra : tuple of tuple of float
+        Per expert, kept singular values at these places, as far as its rank goes.
+    """
+
+    base_norm: float
+    merged_norm: float
+    delta_norms: tuple[float, ...]
+    retentions: tuple[float | None, ...]
+    cosines: tuple[float, ...] = ()
+    interference: float | None = None
+    overlaps: tuple[float, ...] = ()
+    spectrum_at: tuple[int, ...] = ()
+    spectra: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class TensorResult:
     """What was done to one tensor.
 
@@ -27,6 +60,8 @@ class TensorResult:
         Factorisations that ran; every clamp, fallback and warning, in words.
     seconds : float
         Compute time, in seconds of one worker.
+    measures : Measures or None
+        For the report; no part of the facts.
     """
 
     name: str
@@ -41,23 +76,29 @@ class TensorResult:
     backends: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    measures: Measures | None = None
 
     def facts(self) -> dict[str, Any]:
         """The fields that are the same in every run of one plan; empty ones left out."""
-        content = {k: v for k, v in asdict(self).items() if v not in ((), None)}
-        content.pop("seconds")
-        return content
+        timed = ("seconds", "measures")
+        return {k: v for k, v in asdict(self).items() if v not in ((), None) and k not in timed}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TensorResult:
         """Read what `asdict` and a round through JSON made of a result."""
         try:
-            values: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in content.items()
-            }
+            values = {k: _frozen(v) for k, v in content.items()}
+            if values.get("measures") is not None:
+                values["measures"] = Measures(**values["measures"])
             return cls(**values)
         except (AttributeError, TypeError) as error:
             raise VerificationError(f"not the result of a tensor: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    return {k: _frozen(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass
@@ -68,6 +109,8 @@ class MergeReport:
     ----------
     output : str
         The finished folder.
+    inputs : list of dict
+        `model` and `digest` of the base and every expert, as in the manifest.
     tensors : dict
         Results by tensor name, in output order.
     seconds : float
@@ -81,6 +124,8 @@ class MergeReport:
     peak_memory, predicted_memory : int
         Most resident bytes that are not mapped files, above the level before the merge, and the
         plan's prediction.
+    drawn : bool
+        Whether the HTML report was written beside it.
     """
 
     output: str
@@ -100,6 +145,8 @@ class MergeReport:
     kept_shards: int = 0
     peak_memory: int = 0
     predicted_memory: int = 0
+    inputs: list[dict[str, str]] = field(default_factory=list)
+    drawn: bool = False
 
     @property
     def notes(self) -> dict[str, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Leading subspaces of deltas, polar factors of their concatenation, and what they merge to."""
 
+from resm_kernels.linalg.overlap import Overlap, subspace_overlap
 from resm_kernels.linalg.polar import PolarFactor, polar_factor
 from resm_kernels.linalg.solver import (
     Mode,
@@ -15,6 +16,7 @@ from resm_kernels.linalg.subspace import FactoredDelta, Subspace, leading_subspa
 __all__ = [
     "FactoredDelta",
     "Mode",
+    "Overlap",
     "PolarFactor",
     "Route",
     "Solver",
@@ -28,4 +30,5 @@ __all__ = [
     "numerical_rank",
     "polar_factor",
     "spectral_merge",
+    "subspace_overlap",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,9 @@ def _merge_parts(
         for note in merged.notes:
             notes.setdefault(note, []).append(part.name)
     sparsity = [m.sparsity for m in found if m.sparsity is not None]
+    interference = [m.interference for m in found if m.interference is not None]
+    overlaps = [m.overlaps for m in found if m.overlaps]
+    spectra = [m.spectra for m in found if m.spectra]
     return Merged(
         out,
         method.name,
@@ -189,6 +193,9 @@ def _merge_parts(
         sparsity=sum(sparsity) / len(sparsity) if sparsity else None,
         backends=tuple(dict.fromkeys(backend for m in found for backend in m.backends)),
         notes=tuple(f"{_some(names)}: {note}" for note, names in notes.items()),
+        interference=fmean(interference) if interference else None,
+        overlaps=tuple(map(fmean, zip(*overlaps, strict=True))),
+        spectra=tuple(torch.cat(s).sort(descending=True)[0] for s in zip(*spectra, strict=True)),
     )
 
 

@@ -130,6 +130,11 @@ class Merged:
         Factorisation backends that ran.
     notes : tuple of str
         Every clamp and fallback, in words.
+    interference : float or None
+    overlaps : tuple of float
+        As in `Overlap`, where subspaces were merged; means over several matrices.
+    spectra : tuple of Tensor
+        Per expert the kept singular values, descending, of all matrices together.
     """
 
     tensor: torch.Tensor
@@ -140,6 +145,9 @@ class Merged:
     sparsity: float | None = None
     backends: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    interference: float | None = None
+    overlaps: tuple[float, ...] = ()
+    spectra: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from resm_kernels.linalg import (
     SpectralMerge,
     equalise,
     leading_subspaces,
+    subspace_overlap,
 )
 from resm_kernels.linalg.subspace import Delta, rank_tolerance
 from resm_kernels.methods.base import Merged, Method, matches, option
@@ -353,7 +354,14 @@ def _merge_subspaces(
         if s.numerical_rank < ranks[t]
     ]
     merged = _rebuild(inputs, merge, [s.rank for s in subspaces], weights, options, out_dtype, rule)
-    return replace(merged, notes=(*notes, *merged.notes))
+    overlap = subspace_overlap(subspaces, weights)
+    return replace(
+        merged,
+        notes=(*notes, *merged.notes),
+        interference=overlap.interference,
+        overlaps=overlap.pairs,
+        spectra=tuple(s.values for s in subspaces),
+    )
 
 
 def _rebuild(
