@@ -124,6 +124,8 @@ DISTANCES: Mapping[str, Callable[[Distance], float | None]] = {
     "‖A-B‖ / ‖A-W₀‖": lambda d: d.of_deltas,
     "cosine": lambda d: d.cosine,
 }
+SHORT = ("‖A-B‖/‖A‖", "largest", "equal", "/‖A-W₀‖", "cosine")
+"""The same for 80 columns."""
 
 
 def _row(distance: Distance) -> list[float | None]:
@@ -168,7 +170,7 @@ def comparison_table(found: Comparison) -> RenderableType:
     kinds = _modules(found)
     for name, count, middle, top in kinds[:SHOWN]:
         modules.add_row(Text(plain(name)), str(count), digits(middle), digits(top))
-    columns = list(DISTANCES) if found.base else list(DISTANCES)[:3]
+    columns = SHORT if found.base else SHORT[:3]
     each = _columns("farthest first", ["weight", *columns])
     for distance in found.tensors[:SHOWN]:
         values = _row(distance)[: len(columns)]
@@ -182,7 +184,7 @@ def comparison_table(found: Comparison) -> RenderableType:
 def _columns(title: str, heads: Sequence[str]) -> Table:
     """A table whose first column is text."""
     made = Table(title=Text(title, style="bold"), title_justify="left", box=None)
-    made.add_column(heads[0], overflow="fold", min_width=40)
+    made.add_column(heads[0], overflow="fold", min_width=16)
     for head in heads[1:]:
         made.add_column(head, justify="right", overflow="fold")
     return made
