@@ -107,7 +107,8 @@ def methods_table(methods: Iterable[Method[Any]]) -> RenderableType:
         ]
         table = Table(box=None, show_header=False, padding=(0, 2))
         for spec in method.specs.values():
-            table.add_row(f"  {spec.name}", Text(_default(spec.default)), Text(spec.help))
+            text = f"{spec.help} (per model)" if spec.per_model else spec.help
+            table.add_row(f"  {spec.name}", Text(_default(spec.default)), Text(text))
         parts += [table, Text()]
     return Group(*parts)
 
@@ -120,7 +121,12 @@ def methods_to_dict(methods: Iterable[Method[Any]]) -> dict[str, Any]:
             "formula": method.formula,
             "source": method.source,
             "parameters": {
-                s.name: {"default": s.default, "choices": s.choices, "help": s.help}
+                s.name: {
+                    "default": s.default,
+                    "choices": s.choices,
+                    "per_model": s.per_model,
+                    "help": s.help,
+                }
                 for s in method.specs.values()
             },
         }
