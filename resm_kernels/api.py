@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -25,13 +25,13 @@ from resm_kernels.engine.plan import MergePlan, make_plan, make_plans
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import NonFiniteError, UsageError, VerificationError
 from resm_kernels.methods import Inputs, find_method, merge_weight, split_of
+from resm_kernels.methods.base import LARGEST
 from resm_kernels.ops.dtypes import is_finite
 from resm_kernels.recipe import (
     Recipe,
     build_recipe,
     build_recipes,
     layer_positions,
-    load_recipe,
     read_recipe,
     sweep_outputs,
 )
@@ -146,26 +146,12 @@ def plan(
 ) -> MergePlan:
     """Plan a merge from headers alone; parameters as for `merge`, nothing is written."""
     engine = _engine(memory_budget, shard_size, **options)
-    if recipe is not None:
-        _only_recipe(
-            "merge",
-            {
-                "base": base,
-                "experts": experts,
-                "weights": weights,
-                "parameters": parameters,
-                "out_dtype": out_dtype,
-                "method": None if method == "resm" else method,
-            },
-        )
+    chosen = None if method == "resm" else method
+    inline = _Inline(base, experts, weights, parameters, out_dtype, chosen)
     if isinstance(recipe, Recipe):
+        inline.leave_to_recipe("merge")
         return make_plan(recipe, engine)
-    if recipe is not None:
-        return make_plan(load_recipe(Path(recipe)), engine)
-    if base is None or not experts:
-        raise UsageError("merge: give base and experts, or a recipe")
-    content = recipe_content(base, experts, method, weights, parameters, out_dtype)
-    return make_plan(build_recipe(content, "merge"), engine)
+    return make_plan(build_recipe(*_content("merge", recipe, inline)), engine)
 
 
 def execute(
@@ -261,17 +247,9 @@ def plan_sweep(
     """Plan a sweep; parameters as for `sweep`, nothing is written."""
     methods = [methods] if isinstance(methods, str) else list(methods)
     lambdas = _numbers(lambdas)
-    inline = {"base": base, "experts": experts, "weights": weights, "parameters": parameters}
-    if recipe is not None:
-        _only_recipe("sweep", {**inline, "out_dtype": out_dtype})
-        content = recipe.to_dict() if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
-        source = "sweep" if isinstance(recipe, Recipe) else str(recipe)
-    elif base is None or not experts:
-        raise UsageError("sweep: give base and experts, or a recipe")
-    else:
-        first = methods[0] if methods else "resm"
-        content = recipe_content(base, experts, first, weights, parameters, out_dtype)
-        source = "sweep"
+    first = methods[0] if methods and recipe is None else None
+    inline = _Inline(base, experts, weights, parameters, out_dtype, first)
+    content, source = _content("sweep", recipe, inline)
     if isinstance(content, dict) and (methods or lambdas):
         if "outputs" in content:
             raise UsageError(
@@ -311,6 +289,9 @@ def _numbers(lambdas: object) -> list[float]:
     found: list[Any] = list(lambdas) if isinstance(lambdas, Iterable) else [lambdas]
     if any(isinstance(x, bool) or not isinstance(x, Real) for x in found):
         raise UsageError(f"sweep: lambdas: got {lambdas!r}", expected="numbers such as [0.5, 0.8]")
+    for value in found:
+        if not -LARGEST <= value <= LARGEST:
+            raise UsageError(f"lambdas: got {value!r:.80}", expected=f"numbers up to {LARGEST:g}")
     return [float(x) for x in found]
 
 
@@ -328,12 +309,37 @@ def _engine(
     )
 
 
-def _only_recipe(what: str, inline: Mapping[str, Any]) -> None:
-    if given := [name for name, value in inline.items() if value is not None]:
-        raise UsageError(
-            f"{what}: {', '.join(given)} beside a recipe",
-            fix="write it into the recipe, or leave the recipe out",
-        )
+class _Inline(NamedTuple):
+    """What a call says in place of a recipe."""
+
+    base: Model | None
+    experts: Sequence[Model] | None
+    weights: Sequence[float] | None
+    parameters: Mapping[str, Any] | None
+    out_dtype: str | None
+    method: str | None
+
+    def leave_to_recipe(self, what: str) -> None:
+        """Raise where anything stands beside a recipe."""
+        if given := [name for name, value in self._asdict().items() if value is not None]:
+            raise UsageError(
+                f"{what}: {', '.join(given)} beside a recipe",
+                fix="write it into the recipe, or leave the recipe out",
+            )
+
+
+def _content(what: str, recipe: Model | Recipe | None, inline: _Inline) -> tuple[Any, str]:
+    """Recipe data, not checked yet, and what messages call them."""
+    if recipe is not None:
+        inline.leave_to_recipe(what)
+        if isinstance(recipe, Recipe):
+            return recipe.to_dict(), what
+        return read_recipe(Path(recipe)), str(recipe)
+    base, experts, weights, parameters, out_dtype, method = inline
+    if base is None or not experts:
+        raise UsageError(f"{what}: give base and experts, or a recipe")
+    found = recipe_content(base, experts, method or "resm", weights, parameters, out_dtype)
+    return found, what
 
 
 def recipe_content(

@@ -15,7 +15,6 @@ from resm_kernels.checkpoint.dtypes import OUT_DTYPES
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.errors import RecipeError, UsageError
 from resm_kernels.methods import METHODS, Method, Option
-from resm_kernels.methods.base import LARGEST
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 50_000
@@ -168,37 +167,38 @@ class Recipe:
 
     def method_for(self, tensor: str) -> Method[Any]:
         """The method that merges one tensor."""
-        override = self._override(tensor)
-        return METHODS[self.method if override is None else override.method]
+        return METHODS[self._override(tensor).method]
 
     def weights(self, tensor: str, position: float) -> tuple[float, ...]:
         """The user's weight of every expert for one tensor."""
-        return self._of_models(WEIGHT, tensor, position)
+        return self._of_models(WEIGHT, self._override(tensor), tensor, position)
 
     def options(self, tensor: str, position: float) -> Any:
         """The options of the tensor's method."""
-        method = self.method_for(tensor)
+        override = self._override(tensor)
+        method = METHODS[override.method]
+        scopes = (override.parameters, self.parameters)
         values = {
-            name: self._of_models(spec, tensor, position)
+            name: self._of_models(spec, override, tensor, position)
             if spec.per_model
-            else self._first(self._scopes(tensor, {}), spec, tensor, position)
+            else self._first(scopes, spec, tensor, position)
             for name, spec in method.specs.items()
         }
         return method.make_options(values, len(self.experts))
 
-    def _override(self, tensor: str) -> Override | None:
-        return next((o for o in self.overrides if holds(tensor, o.filter)), None)
+    def _override(self, tensor: str) -> Override:
+        """The first that matches; one that changes nothing where none does."""
+        found = (o for o in self.overrides if holds(tensor, o.filter))
+        return next(found, Override("*", self.method))
 
-    def _scopes(
-        self, tensor: str, model: Mapping[str, Setting]
-    ) -> tuple[Mapping[str, Setting], ...]:
-        """Where a parameter is looked for: a tensor's override, the model's own, the recipe's."""
-        override = self._override(tensor)
-        return ({} if override is None else override.parameters, model, self.parameters)
-
-    def _of_models(self, spec: Option, tensor: str, position: float) -> tuple[Any, ...]:
+    def _of_models(
+        self, spec: Option, override: Override, tensor: str, position: float
+    ) -> tuple[Any, ...]:
+        """Per expert: from the tensor's override, the model's own parameters, or the recipe's."""
         return tuple(
-            self._first(self._scopes(tensor, e.parameters), spec, tensor, position)
+            self._first(
+                (override.parameters, e.parameters, self.parameters), spec, tensor, position
+            )
             for e in self.experts
         )
 
@@ -255,11 +255,6 @@ def _plain(setting: Setting) -> Any:
     return list(setting) if isinstance(setting, tuple) else setting
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read the recipe of one output; RecipeError lists every mistake in it."""
-    return build_recipe(read_recipe(path), str(path))
-
-
 def read_recipe(path: Path) -> Any:
     """The data of a recipe file, not checked yet."""
     try:
@@ -270,11 +265,6 @@ def read_recipe(path: Path) -> Any:
     if len(raw) > MAX_BYTES:
         raise RecipeError(str(path), [f"longer than {MAX_BYTES} bytes"])
     return parse_yaml(raw, str(path))
-
-
-def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
-    """Parse recipe text; RecipeError lists every mistake in it."""
-    return build_recipe(parse_yaml(text, source), source)
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
@@ -360,11 +350,8 @@ def sweep_outputs(
 ) -> dict[str, Any]:
     """Recipe data with an output for every method and every lambda, named after them.
 
-    A method without a lambda has one output. UsageError where a lambda is too large.
+    A method without a lambda has one output.
     """
-    for value in lambdas:
-        if not -LARGEST <= value <= LARGEST:
-            raise UsageError(f"lambdas: got {value!r:.80}", expected=f"numbers up to {LARGEST:g}")
     entries: list[dict[str, Any]] = []
     names: Sequence[object] = methods or [content.get("merge_method")]
     for name in names:
@@ -708,8 +695,6 @@ __all__ = [
     "build_recipes",
     "holds",
     "layer_positions",
-    "load_recipe",
-    "parse_recipe",
     "read_recipe",
     "resolve",
     "sweep_outputs",

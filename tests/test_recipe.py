@@ -12,15 +12,20 @@ from hypothesis import strategies as st
 
 from resm_kernels.errors import RecipeError, ResmError
 from resm_kernels.recipe import (
+    Recipe,
     build_recipe,
     build_recipes,
     layer_positions,
-    load_recipe,
-    parse_recipe,
     parse_yaml,
+    read_recipe,
     sweep_outputs,
 )
 from tests.hostile.mutate import mutations, odd
+
+
+def parse_recipe(text: str | bytes, source: str = "recipe") -> Recipe:
+    return build_recipe(parse_yaml(text, source), source)
+
 
 GOOD = """
 merge_method: resm
@@ -145,7 +150,7 @@ def test_a_long_file_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "r.yml"
     path.write_bytes(b"# " + b"x" * (2 << 20))
     with pytest.raises(RecipeError, match="longer than"):
-        load_recipe(path)
+        build_recipe(read_recipe(path), str(path))
 
 
 JSON = st.recursive(

@@ -23,7 +23,7 @@ from resm_kernels.engine import pipeline
 from resm_kernels.engine.plan import MARGIN
 from resm_kernels.errors import OutputError, PlanError, RecipeError, ResmError, UsageError
 from resm_kernels.linalg import Solver
-from resm_kernels.recipe import build_recipe, build_recipes, load_recipe, parse_yaml
+from resm_kernels.recipe import build_recipe, build_recipes, parse_yaml, read_recipe
 from tests.checkpoints import contents, make_state, save, save_family
 from tests.test_merge import load
 
@@ -235,7 +235,7 @@ def test_lambdas_come_before_the_recipe_s_own(
     models = "".join(f"  - model: {expert}\n" for expert in experts)
     path.write_text(f"merge_method: tsvm\nbase_model: {base}\nmodels:\n{models}")
     path.write_text(path.read_text() + "parameters: {lambda: 0.5}\n")
-    recipe = path if as_file else load_recipe(path)
+    recipe = path if as_file else build_recipe(read_recipe(path), str(path))
     made = plan_sweep(recipe=recipe, lambdas=[0.1234567, 0.1234568, 1])
     assert {name: plan.recipe.parameters["lambda"] for name, plan in made.items()} == {
         "lambda-0.1234567": 0.1234567,

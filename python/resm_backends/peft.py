@@ -31,13 +31,8 @@ from resm_kernels.checkpoint.writer import ShardFile, lay_out_shards
 from resm_kernels.errors import CheckpointError, NonFiniteError, UsageError
 from resm_kernels.linalg import FactoredDelta, Solver, SolverOptions, Subspace, leading_subspaces
 from resm_kernels.methods import find_method
-from resm_kernels.methods.arithmetic import TaskArithmeticOptions
-from resm_kernels.methods.spectral import (
-    ResmOptions,
-    TruncatingOptions,
-    outlier_weighting,
-    sparse_rank,
-)
+from resm_kernels.methods.arithmetic import TaskArithmeticOptions, divisor_of
+from resm_kernels.methods.spectral import ResmOptions, TruncatingOptions, choose
 from resm_kernels.ops.delta_stats import DeltaStats
 
 __all__ = ["AdapterMerge", "MergedModule", "merge_adapters"]
@@ -235,8 +230,7 @@ class _Merge:
                 full, [self.options.lambda_ * w / len(full) for w in self.weights]
             )
         elif isinstance(self.options, TaskArithmeticOptions):
-            total = sum(self.weights)
-            divisor = total if self.options.normalize and abs(total) >= 1e-8 else 1.0
+            divisor = divisor_of(self.weights, self.options.normalize)
             merged = _weighted_sum(full, [self.options.lambda_ * w / divisor for w in self.weights])
         else:
             merged = self._spectral(shape, full)
@@ -256,41 +250,15 @@ class _Merge:
         limit = min(shape) // len(deltas)
         weights, ranks, energy = self.weights, [limit] * len(deltas), None
         if isinstance(options, ResmOptions):
-            weights, rank = _resm(shape, deltas, weights, options)
-            ranks = [rank] * len(deltas)
-            energy = options.rank_energy if options.rank == "energy" else None
+            given = {"sigma": options.sigma, "noise_floor": options.noise_floor}
+            stats = [factored_stats(delta, **given) for delta in deltas]
+            chosen = choose(stats, min(shape), weights, options)
+            weights, ranks, energy = chosen.weights, [chosen.rank] * len(deltas), chosen.energy
         solver = Solver(SolverOptions(mode="exact" if options.solver == "auto" else options.solver))
         makers = [functools.partial(_same, delta) for delta in deltas]
         subspaces: list[Subspace] = solver.subspaces(makers, ranks, energy=energy)
         merge = solver.combine(subspaces, weights)
         return FactoredDelta(merge.left * options.lambda_, merge.right)
-
-
-def _resm(
-    shape: tuple[int, int],
-    deltas: Sequence[FactoredDelta],
-    weights: Sequence[float],
-    options: ResmOptions,
-) -> tuple[list[float], int]:
-    """The weights and the rank that RESM gives one weight; see `methods.spectral`."""
-    stats = [
-        factored_stats(d, sigma=options.sigma, noise_floor=options.noise_floor) for d in deltas
-    ]
-    scores = {
-        "share": [s.outlier_share for s in stats],
-        "mass": [s.outlier_mass for s in stats],
-        "count": [float(s.outlier_count) for s in stats],
-    }[options.outlier_score]
-    changed = [s.abs_sum > 0.0 for s in stats]
-    factors = outlier_weighting(scores, options.outlier_power, changed)
-    limit = min(shape) // len(deltas)
-    rank = limit
-    if options.rank == "sparsity":
-        sparsity = sum(s.sparsity for s in stats) / len(deltas)
-        rank = sparse_rank(min(shape), len(deltas), sparsity, options.rank_sparsity)
-    elif options.rank == "fixed":
-        rank = max(1, round(limit * options.rank_fraction))
-    return [f * w for f, w in zip(factors, weights, strict=True)], rank
 
 
 def factored_stats(delta: FactoredDelta, *, sigma: float, noise_floor: float) -> DeltaStats:

@@ -29,6 +29,7 @@ from resm_kernels.checkpoint.reader import (
     read_tensor,
     same_data,
 )
+from resm_kernels.checkpoint.tokens import is_table, tables_of_config, text_configs
 from resm_kernels.errors import CheckpointError
 
 PREFIX = "base_model.model."
@@ -81,8 +82,6 @@ FACTORS = {
     ".lora_embedding_B": ("B", True),
 }
 """Name ending -> which factor, and whether of an embedding."""
-TABLES = ("embed", "lm_head", "wte", "shared")
-"""Words in the names of input and output embeddings, which a config may tie."""
 
 
 @dataclass(frozen=True)
@@ -511,7 +510,7 @@ def _base_names(
         name = base.aliases.get(name, name)
         if name in base.tensors:
             return name
-        return table if any(word in name for word in TABLES) else None
+        return table if is_table(name) else None
 
     def apply(rule: tuple[str, str]) -> dict[str, str | None]:
         removed, added = rule
@@ -558,17 +557,10 @@ def _splits(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def _tied_table(base: Checkpoint) -> str | None:
     """The one vocabulary table of a base whose config does not deny that it ties them."""
-    text = base.config.get("text_config")
-    configs = [base.config, text if isinstance(text, dict) else {}]
-    if any(c.get("tie_word_embeddings") is False for c in configs):
+    if any(c.get("tie_word_embeddings") is False for c in text_configs(base.config)):
         return None
-    sizes = [c.get("vocab_size") for c in configs]
-    tables = [
-        t.name
-        for t in base.tensors.values()
-        if len(t.shape) == 2 and t.shape[0] in sizes and any(word in t.name for word in TABLES)
-    ]
-    return tables[0] if len(tables) == 1 else None
+    tables = tables_of_config(base)
+    return tables[0].name if len(tables) == 1 else None
 
 
 def read_factors(adapter: Adapter, pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor]:

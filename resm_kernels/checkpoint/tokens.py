@@ -5,7 +5,7 @@ A vocabulary table (embedding, output head, its bias) has a row for each token i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -79,13 +79,27 @@ class Vocabulary:
 def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
     """Rows of a model's vocabulary tables: its config's `vocab_size` where a table has that
     length, else the length of its input embedding; None where it has no such table."""
-    tables = [t for t in checkpoint.tensors.values() if len(t.shape) == 2 and _named(t, TABLES)]
+    tables = [t for t in checkpoint.tensors.values() if len(t.shape) == 2 and is_table(t.name)]
     lengths = {t.shape[0] for t in tables}
     for config in text_configs(checkpoint.config):
         size = config.get("vocab_size")
         if type(size) is int and size in lengths:
             return size
-    return next((t.shape[0] for t in tables if _named(t, INPUTS)), None)
+    return next((t.shape[0] for t in tables if any(fnmatchcase(t.name, p) for p in INPUTS)), None)
+
+
+def tables_of_config(checkpoint: Checkpoint) -> tuple[TensorInfo, ...]:
+    """The matrices that have as many rows as the config says tokens: those it may tie."""
+    sizes = [config.get("vocab_size") for config in text_configs(checkpoint.config)]
+    tensors = checkpoint.tensors.values()
+    return tuple(
+        t for t in tensors if len(t.shape) == 2 and t.shape[0] in sizes and is_table(t.name)
+    )
+
+
+def is_table(name: str) -> bool:
+    """Whether a name is that of an input or output embedding."""
+    return any(fnmatchcase(name, pattern) for pattern in TABLES)
 
 
 def vocabulary_tables(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -95,13 +109,9 @@ def vocabulary_tables(checkpoint: Checkpoint) -> tuple[str, ...]:
         t.name
         for t in checkpoint.tensors.values()
         if t.shape[:1] == (rows,)
-        and _named(t, TABLES)
+        and is_table(t.name)
         and (len(t.shape) == 2 or (len(t.shape) == 1 and t.name.endswith("bias")))
     )
-
-
-def _named(tensor: TensorInfo, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(tensor.name, pattern) for pattern in patterns)
 
 
 def text_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

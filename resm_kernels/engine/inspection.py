@@ -16,8 +16,9 @@ from resm_kernels.checkpoint.layout import Checkpoint
 from resm_kernels.checkpoint.lora import Adapter, open_model
 from resm_kernels.checkpoint.reader import open_checkpoint
 from resm_kernels.checkpoint.vocabulary import differences
-from resm_kernels.engine.matching import FactorSource, Source
+from resm_kernels.engine.matching import FactorSource, Matching, Source
 from resm_kernels.engine.measures import cosine, delta_products, rounded
+from resm_kernels.engine.options import EngineOptions
 from resm_kernels.errors import UsageError
 from resm_kernels.linalg import FactoredDelta, Subspace, leading_subspaces, subspace_overlap
 from resm_kernels.methods import Inputs, matches
@@ -147,10 +148,7 @@ class _Inspector:
         self.nonfinite: list[list[str]] = [[] for _ in experts]
         self.base_nonfinite: list[str] = []
         self.dtypes: list[set[str]] = [set() for _ in experts]
-        self.homes = {
-            id(c): {name: file for file in c.files for name in file.tensors}
-            for c in (self.base, *self.experts)
-        }
+        self.matching = Matching(self.base, self.experts, EngineOptions())
 
     def run(self) -> Inspection:
         mergeable = [n for n, info in self.base.tensors.items() if info.dtype.mergeable]
@@ -162,31 +160,25 @@ class _Inspector:
 
     def _source(self, t: int, name: str) -> Source | FactorSource | None:
         """Where an expert has a tensor; None where it lacks it or has another shape."""
-        expert, info = self.experts[t], self.base.tensors[name]
-        if isinstance(expert, Adapter):
-            if name in expert.pairs:
-                return FactorSource(expert, expert.pairs[name])
-            if name in expert.full:
-                return Source(expert.files[0], expert.full[name])
-            return Source(self.homes[id(self.base)][name], info)
-        stored = name if name in expert.tensors else expert.aliases.get(name, name)
-        if stored not in expert.tensors:
+        info, found = self.base.tensors[name], self.matching.find(self.experts[t], name)
+        if found is None:
             self.absent[t].append(name)
-            return None
-        found = expert.tensors[stored]
-        if found.shape != info.shape or not found.dtype.mergeable:
+        if not isinstance(found, Source) or isinstance(self.experts[t], Adapter):
+            return found
+        stored = found.info
+        if stored.shape != info.shape or not stored.dtype.mergeable:
             self.misfits[t].append(
-                f"{name} ({found.dtype.name} {list(found.shape)} instead of "
+                f"{name} ({stored.dtype.name} {list(stored.shape)} instead of "
                 f"{info.dtype.name} {list(info.shape)})"
             )
             return None
-        if found.dtype != info.dtype:
-            self.dtypes[t].add(f"{found.dtype.name} instead of {info.dtype.name}")
-        return Source(self.homes[id(expert)][stored], found)
+        if stored.dtype != info.dtype:
+            self.dtypes[t].add(f"{stored.dtype.name} instead of {info.dtype.name}")
+        return found
 
     def _look(self, name: str) -> InspectedTensor:
         info = self.base.tensors[name]
-        base = Source(self.homes[id(self.base)][name], info).read()
+        base = self.matching.source(self.base, name).read()
         sources = [self._source(t, name) for t in range(len(self.experts))]
         given: dict[int, torch.Tensor | FactoredDelta] = {}
         if not is_finite(base):

@@ -12,16 +12,11 @@ import torch
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
 from resm_kernels.checkpoint.lora import Adapter, LoraPair, keeps_tied, read_factors
 from resm_kernels.checkpoint.reader import read_tensor, same_data
-from resm_kernels.checkpoint.tokens import vocabulary_tables
+from resm_kernels.checkpoint.tokens import tables_of_config, vocabulary_tables
 from resm_kernels.checkpoint.vocabulary import Alignment
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.errors import PlanError
 from resm_kernels.linalg import FactoredDelta
-from resm_kernels.methods import matches
-
-TABLES = ("*embed*", "*lm_head*", "*wte*", "*shared.weight", "*output.weight")
-"""Names of input and output embeddings, which a config may tie."""
-
 
 Key = tuple[str, str]
 """What tells inputs apart: the file, and the tensor in it."""
@@ -166,20 +161,19 @@ class Matching:
         sources: list[Source | FactorSource] = []
         absent = []
         for expert in self.experts:
-            if isinstance(expert, Adapter):
-                sources.append(self._of_adapter(expert, name))
-                self._check_unaligned(expert, sources[-1], name)
-                self._check_still_tied(expert, name)
-            elif (source := self._find(expert, name)) is None:
+            source = self.find(expert, name)
+            if source is None:
                 absent.append(expert.reference)
-            else:
+                continue
+            if isinstance(expert, Adapter):
+                self._check_unaligned(expert, source, name)
+            elif isinstance(source, Source):
                 self._check_alike(expert, source, info)
-                self._check_still_tied(expert, name)
-                sources.append(source)
-        aligned = name in self.tables
+            self._check_still_tied(expert, name)
+            sources.append(source)
         if not absent:
             return None, tuple(sources)
-        if aligned:
+        if name in self.tables:
             self._misfits.append(
                 f"{name}: missing from {', '.join(absent)}; a vocabulary table that "
                 "tokenizer_source changes must be in every model"
@@ -190,13 +184,21 @@ class Matching:
             )
         return f"missing from {', '.join(absent)}", ()
 
-    def _of_adapter(self, adapter: Adapter, name: str) -> Source | FactorSource:
-        """What an adapter makes of a tensor or of one it is tied to: else it is the base's."""
+    def find(self, expert: Checkpoint | Adapter, name: str) -> Source | FactorSource | None:
+        """What an expert makes of a tensor of the base, by its name or one it is tied to.
+
+        What an adapter leaves alone is the base's own source.
+        """
+        if isinstance(expert, Checkpoint):
+            tied = (self._ties[id(c)].get(name, ()) for c in (expert, self.base))
+            candidates = (name, *itertools.chain(*tied))
+            found = next((c for c in candidates if c in expert.tensors), None)
+            return None if found is None else self.source(expert, found)
         for candidate in (name, *self._ties[id(self.base)].get(name, ())):
-            if candidate in adapter.pairs:
-                return FactorSource(adapter, adapter.pairs[candidate])
-            if candidate in adapter.full:
-                return Source(adapter.files[0], adapter.full[candidate])
+            if candidate in expert.pairs:
+                return FactorSource(expert, expert.pairs[candidate])
+            if candidate in expert.full:
+                return Source(expert.files[0], expert.full[candidate])
         return self.source(self.base, name)
 
     def _check_unaligned(self, adapter: Adapter, source: Source | FactorSource, name: str) -> None:
@@ -219,14 +221,6 @@ class Matching:
                 f"{info.name}: {source.info.dtype.name} in {expert.reference}, "
                 f"{info.dtype.name} in the base"
             )
-
-    def _find(self, checkpoint: Checkpoint, name: str) -> Source | None:
-        """A tensor by its name, or by one it is tied to, here or in the base."""
-        tied = (self._ties[id(c)].get(name, ()) for c in (checkpoint, self.base))
-        for candidate in (name, *itertools.chain(*tied)):
-            if candidate in checkpoint.tensors:
-                return self.source(checkpoint, candidate)
-        return None
 
     def _check_still_tied(self, expert: Checkpoint | Adapter, name: str) -> None:
         """Tensors that the base ties must not have come apart in an expert."""
@@ -269,16 +263,9 @@ class Matching:
 
     def _equal_tables(self, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         """Vocabulary tables stored twice under a config that ties them: read and compared."""
-        config = checkpoint.config
-        if config.get("tie_word_embeddings") is not True:
+        if checkpoint.config.get("tie_word_embeddings") is not True:
             return
-        text = config.get("text_config")
-        sizes = [config.get("vocab_size"), text.get("vocab_size") if isinstance(text, dict) else 0]
-        tables = [
-            self.source(checkpoint, t.name)
-            for t in checkpoint.tensors.values()
-            if len(t.shape) == 2 and t.shape[0] in sizes and matches(t.name, TABLES)
-        ]
+        tables = [self.source(checkpoint, t.name) for t in tables_of_config(checkpoint)]
         for one, other in itertools.combinations(tables, 2):
             alike = (one.info.shape, one.info.dtype) == (other.info.shape, other.info.dtype)
             if alike and same_data((one.file, one.info), (other.file, other.info)):

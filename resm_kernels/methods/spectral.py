@@ -171,29 +171,66 @@ def _tsvm(
 def _resm(
     inputs: Inputs, weights: Sequence[float], options: ResmOptions, out_dtype: torch.dtype
 ) -> Merged:
-    count, p = len(weights), min(inputs.base.shape)
-    limit = p // count
     stats = _stats(inputs, options.sigma, options.noise_floor)
-    scores = [_outlier_score(s, options.outlier_score) for s in stats]
-    changed = [s.abs_sum > 0.0 for s in stats]
-    outlier_weights = outlier_weighting(scores, options.outlier_power, changed)
-    sparsity = sum(s.sparsity for s in stats) / count
-    rank = limit
-    if options.rank == "sparsity":
-        rank = sparse_rank(p, count, sparsity, options.rank_sparsity)
-    elif options.rank == "fixed":
-        rank = max(1, round(limit * options.rank_fraction))
+    chosen = choose(stats, min(inputs.base.shape), weights, options)
     merged = _merge_subspaces(
         inputs,
-        [weight * user for weight, user in zip(outlier_weights, weights, strict=True)],
-        [rank] * count,
+        chosen.weights,
+        [chosen.rank] * len(weights),
         options,
         out_dtype,
         rule="resm",
-        energy=options.rank_energy if options.rank == "energy" else None,
+        energy=chosen.energy,
         masks=tuple(Mask(floor=s.floor) for s in stats) if options.mask_noise else None,
     )
-    return replace(merged, outlier_scores=tuple(scores), sparsity=sparsity)
+    return replace(merged, outlier_scores=chosen.scores, sparsity=chosen.sparsity)
+
+
+@dataclass(frozen=True)
+class ResmChoice:
+    """What RESM makes of the statistics of one weight's deltas.
+
+    Attributes
+    ----------
+    scores : tuple of float
+        Outlier scores, per expert.
+    weights : list of float
+        Outlier weights times the user's.
+    sparsity : float
+        Mean over the experts.
+    rank : int
+        The most triplets to keep per expert.
+    energy : float or None
+        The share of ||D_t||_F^2 that ends before it.
+    """
+
+    scores: tuple[float, ...]
+    weights: list[float]
+    sparsity: float
+    rank: int
+    energy: float | None
+
+
+def choose(
+    stats: Sequence[DeltaStats], p: int, weights: Sequence[float], options: ResmOptions
+) -> ResmChoice:
+    """RESM's weights and rank for a weight whose shorter side is p."""
+    limit = p // len(stats)
+    scores = tuple(_outlier_score(s, options.outlier_score) for s in stats)
+    factors = outlier_weighting(scores, options.outlier_power, [s.abs_sum > 0.0 for s in stats])
+    sparsity = sum(s.sparsity for s in stats) / len(stats)
+    rank = limit
+    if options.rank == "sparsity":
+        rank = sparse_rank(p, len(stats), sparsity, options.rank_sparsity)
+    elif options.rank == "fixed":
+        rank = max(1, round(limit * options.rank_fraction))
+    return ResmChoice(
+        scores,
+        [factor * user for factor, user in zip(factors, weights, strict=True)],
+        sparsity,
+        rank,
+        options.rank_energy if options.rank == "energy" else None,
+    )
 
 
 def _stats(inputs: Inputs, sigma: float, noise_floor: float) -> list[DeltaStats]:
