@@ -16,7 +16,6 @@ from resm_kernels import __version__
 from resm_kernels.errors import RecipeError, ResmError, UsageError
 
 if TYPE_CHECKING:
-    from resm_kernels.engine.pipeline import Progress
     from resm_kernels.engine.plan import MergePlan
 
 INTERRUPTED = 130
@@ -250,13 +249,7 @@ def _merge(options: argparse.Namespace) -> int:
         else:
             Console().print(plan_table(made))
         return 0
-    report = api.execute(
-        made,
-        options.paths[-1],
-        resume=options.resume,
-        no_report=options.no_report,
-        progress=_progress(options),
-    )
+    report = api.execute(made, options.paths[-1], **_execution(options))
     if options.json:
         _print_json(report.to_dict())
     else:
@@ -285,13 +278,7 @@ def _sweep(options: argparse.Namespace) -> int:
                 *map(plan_table, made.values()), sweep_facts([*made.values()]), sep="\n"
             )
         return 0
-    reports = api.execute_sweep(
-        made,
-        options.paths[-1],
-        resume=options.resume,
-        no_report=options.no_report,
-        progress=_progress(options),
-    )
+    reports = api.execute_sweep(made, options.paths[-1], **_execution(options))
     if options.json:
         _print_json({name: report.to_dict() for name, report in reports.items()})
     else:
@@ -316,15 +303,17 @@ def _number(text: str) -> float:
     return number
 
 
-def _progress(options: argparse.Namespace) -> Progress | None:
+def _execution(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `api.execute`."""
     from rich.console import Console
 
     from resm_kernels.report.progress import BarProgress, LogProgress
 
-    if options.quiet:
-        return None
-    stderr = Console(stderr=True)
-    return BarProgress(stderr) if stderr.is_terminal else LogProgress()
+    progress = None
+    if not options.quiet:
+        stderr = Console(stderr=True)
+        progress = BarProgress(stderr) if stderr.is_terminal else LogProgress()
+    return {"resume": options.resume, "no_report": options.no_report, "progress": progress}
 
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:

@@ -334,7 +334,9 @@ class _Inspector:
                 f"{name}: {len(self.misfits[t])} tensors do not fit ({_some(self.misfits[t])})",
                 "Merge models of one architecture; for vocabulary tables set tokenizer_source.",
             )
-        extra = [] if isinstance(expert, Adapter) else self._extra(expert)
+        extra = []
+        if isinstance(expert, Checkpoint):
+            extra = [found for found, tied in self.matching.extra(expert) if tied is None]
         if extra:
             say(
                 "warning",
@@ -354,10 +356,6 @@ class _Inspector:
                 f"{name}: stored as {', '.join(sorted(self.dtypes[t]))}",
                 "Fine as it is; a change smaller than the base's rounding may be noise.",
             )
-
-    def _extra(self, expert: Checkpoint) -> list[str]:
-        known = self.base.tensors.keys() | self.base.aliases.keys()
-        return [n for n in expert.tensors if n not in known and expert.aliases.get(n) not in known]
 
 
 def _layers(changes: dict[str, Change]) -> dict[str, bool]:

@@ -238,14 +238,18 @@ class Matching:
                 "(store both, tie_word_embeddings: false), or leave that expert out"
             )
 
-    def _judge_extra(self, expert: Checkpoint) -> None:
+    def extra(self, expert: Checkpoint) -> Iterator[tuple[str, str | None]]:
+        """Every tensor that the base lacks, and one of the base's that it is tied to, or None."""
         for name in expert.tensors:
-            if name in self.base.tensors:
-                continue
-            ties = (self._ties[id(c)].get(name, ()) for c in (expert, self.base))
-            tied = [other for other in itertools.chain(*ties) if other in self.base.tensors]
+            if name not in self.base.tensors:
+                ties = (self._ties[id(c)].get(name, ()) for c in (expert, self.base))
+                tied = (other for other in itertools.chain(*ties) if other in self.base.tensors)
+                yield name, next(tied, None)
+
+    def _judge_extra(self, expert: Checkpoint) -> None:
+        for name, tied in self.extra(expert):
             if tied:
-                self.left_out[f"{expert.reference}: {name}"] = f"tied to {tied[0]}"
+                self.left_out[f"{expert.reference}: {name}"] = f"tied to {tied}"
             elif self.options.allow_extra:
                 self.left_out[f"{expert.reference}: {name}"] = "not in the base"
             else:
