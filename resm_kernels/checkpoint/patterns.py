@@ -91,9 +91,11 @@ class _Parser:
         parts: list[_Node] = []
         while self._peek() not in ("", "|", ")"):
             part = self._repeated(self._atom(depth))
-            if isinstance(part, _Text) and parts and isinstance(parts[-1], _Text):
-                part = _Text(parts.pop().text + part.text)  # type: ignore[union-attr]
-            parts.append(part)
+            last = parts[-1] if parts else None
+            if isinstance(part, _Text) and isinstance(last, _Text):
+                parts[-1] = _Text(last.text + part.text)
+            else:
+                parts.append(part)
         return _Sequence(tuple(parts))
 
     def _atom(self, depth: int) -> _Node:

@@ -306,21 +306,19 @@ def _detail(title: str, group: Sequence[TensorResult], experts: Sequence[str]) -
     count, one = len(experts), group[0]
     each = range(count)
 
-    def over(value: Callable[[TensorResult], object]) -> str:
-        return digits(mean(map(value, group)))
-
-    rows = [
-        (
-            over(lambda r, t=t: mean(r.weights[t::count])),  # type: ignore[misc]
-            over(lambda r, t=t: mean(r.outlier_scores[t::count])),  # type: ignore[misc]
-            over(lambda r, t=t: _rank(r, t, count)),  # type: ignore[misc]
-            over(lambda r, t=t: _at(r.measures, "delta_norms", t)),  # type: ignore[misc]
-            over(lambda r, t=t: _relative(r, t)),  # type: ignore[misc]
-            over(lambda r, t=t: _ratio(r, t)),  # type: ignore[misc]
-            over(lambda r, t=t: _at(r.measures, "retentions", t)),  # type: ignore[misc]
+    def row(t: int) -> tuple[str, ...]:
+        values: tuple[Callable[[TensorResult], object], ...] = (
+            lambda r: mean(r.weights[t::count]),
+            lambda r: mean(r.outlier_scores[t::count]),
+            lambda r: _rank(r, t, count),
+            lambda r: _at(r.measures, "delta_norms", t),
+            lambda r: _relative(r, t),
+            lambda r: _ratio(r, t),
+            lambda r: _at(r.measures, "retentions", t),
         )
-        for t in each
-    ]
+        return tuple(digits(mean(map(value, group))) for value in values)
+
+    rows = [row(t) for t in each]
     pairs = [f"{t + 1}-{u + 1}" for t, u in itertools.combinations(each, 2)][:15]
 
     def by_pair(what: str) -> str:
