@@ -103,7 +103,7 @@ def test_the_seed_fixes_the_prompts(skill: Skill) -> None:
 
 
 def test_only_answers_and_the_end_are_learnt() -> None:
-    tokenizer = new_tokenizer()
+    tokenizer = new_tokenizer(VOCABULARY)
     examples = [Example("reverse a b =", "b a"), Example("count a in b a b =", "1")]
     ids, labels = encode(tokenizer, examples)
     for example, row, targets in zip(examples, ids, labels, strict=True):
@@ -115,9 +115,9 @@ def test_only_answers_and_the_end_are_learnt() -> None:
 
 
 def test_training_learns_and_repeats() -> None:
-    tokenizer, losses = new_tokenizer(), []
+    tokenizer, losses = new_tokenizer(VOCABULARY), []
     generator = torch.get_rng_state()
-    models = [new_model(TINY, seed=1) for _ in range(2)]
+    models = [new_model(TINY, VOCABULARY, seed=1) for _ in range(2)]
     for model in models:
         settings: dict[str, Any] = {"batch": 16, "learning_rate": 1e-2, "seed": "0"}
         losses.append(train(model, tokenizer, SKILLS[1:2], steps=1, **settings))

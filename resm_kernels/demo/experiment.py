@@ -27,7 +27,7 @@ from resm_kernels.demo.models import (
     save_model,
 )
 from resm_kernels.demo.summary import print_summary
-from resm_kernels.demo.tasks import SKILLS, held_out
+from resm_kernels.demo.tasks import SKILLS, VOCABULARY, held_out
 from resm_kernels.demo.training import train
 
 EXPERTS = tuple(f"expert-{skill.name}" for skill in SKILLS)
@@ -107,7 +107,7 @@ def run_experiment(root: Path, seed: int, scale: str, console: Console | None) -
 
 def _train_all(root: Path, seed: int, sizes: Scale, clock: Clock) -> None:
     clock.say(f"training the base on {', '.join(skill.name for skill in SKILLS)}")
-    tokenizer, model = new_tokenizer(), new_model(sizes.size, seed)
+    tokenizer, model = new_tokenizer(VOCABULARY), new_model(sizes.size, VOCABULARY, seed)
     train(
         model, tokenizer, SKILLS, steps=sizes.base_steps, batch=sizes.batch,
         learning_rate=BASE_RATE, seed=f"{seed} base",

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from resm_kernels.demo.tasks import END, PAD, VOCABULARY, Example
+from resm_kernels.demo.tasks import END, PAD, Example
 
 IGNORED = -100
 CONTEXT = 64
@@ -36,18 +36,18 @@ class ModelSize:
     heads: int
 
 
-def new_tokenizer() -> Any:
+def new_tokenizer(vocabulary: Sequence[str]) -> Any:
     """A tokenizer that makes one token of each word in the vocabulary."""
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=PAD))
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=PAD))
     words.pre_tokenizer = WhitespaceSplit()
     untyped: Any = PreTrainedTokenizerFast
     return untyped(tokenizer_object=words, pad_token=PAD, eos_token=END)
 
 
-def new_model(size: ModelSize, seed: int) -> Any:
+def new_model(size: ModelSize, vocabulary: Sequence[str], seed: int) -> Any:
     """A fresh model in float32; torch's global generator is left as it was."""
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=size.hidden,
         intermediate_size=2 * size.hidden,
         num_hidden_layers=size.layers,
@@ -56,8 +56,8 @@ def new_model(size: ModelSize, seed: int) -> Any:
         # 1/sqrt(hidden): with the usual 0.02 so narrow a model takes twice as many steps
         initializer_range=size.hidden**-0.5,
         bos_token_id=None,
-        eos_token_id=VOCABULARY.index(END),
-        pad_token_id=VOCABULARY.index(PAD),
+        eos_token_id=vocabulary.index(END),
+        pad_token_id=vocabulary.index(PAD),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,0 +1,1 @@
+"""Quality benchmark: which merge keeps the skills of experts whose objectives partly conflict?"""

@@ -1,0 +1,111 @@
+"""Train, merge and score everything: `python -m benchmarks.quality [--smoke] [--out DIR]`.
+
+Under two hours on two cores. What is trained stays in the work folder; an interrupted run goes on
+from there. Ends with `quality.csv` (a row per model and skill) and its conditions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.models import (
+    Family,
+    Scale,
+    expert_name,
+    joint_name,
+    train_base,
+    train_expert,
+    train_joint,
+)
+from benchmarks.quality.scoring import Case, score_and_keep
+from benchmarks.quality.tasks import SKILLS
+from benchmarks.record import RESULTS, write
+from resm_kernels.demo.models import ModelSize
+
+FULL = Scale(
+    sizes={"5M": ModelSize(256, 8, 8), "1M": ModelSize(128, 6, 4)},
+    seeds=(0, 1, 2), batch=64, base_steps=300, expert_steps=150, validation=64, test=256,
+)  # fmt: skip
+SMOKE = Scale(
+    sizes={"tiny": ModelSize(32, 2, 2)}, seeds=(0,), batch=16, base_steps=30, expert_steps=10,
+    validation=8, test=16,
+)  # fmt: skip
+SETS = (("full", 3), ("lora", 3), ("full", 2), ("full", 5))
+"""How the experts of a case are tuned, and how many there are; sizes beyond 1M do the first two."""
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def cases(scale: Scale) -> list[Case]:
+    """Every set of experts that is merged, dearest first."""
+    return [
+        Case(Family(size, seed), tuning, count)
+        for size in scale.sizes
+        for tuning, count in (SETS[:2] if size == "5M" else SETS)
+        for seed in scale.seeds
+    ]
+
+
+def trainings(wanted: Iterable[Case], work: Path, scale: Scale) -> Iterable[list[Job]]:
+    """What is still to be trained, in two rounds: bases, then what starts from them."""
+    bases: dict[Path, Job] = {}
+    tuned: dict[Path, Job] = {}
+    for case in wanted:
+        folder, common = case.family.folder(work), (work, case.family, scale)
+        bases[folder / "base"] = (train_base, common)
+        name = joint_name(case.count, case.tuning)
+        tuned[folder / name] = (train_joint, (*common, case.tuning, case.count))
+        for i, skill in enumerate(SKILLS[: case.count]):
+            name = expert_name(skill, case.tuning)
+            tuned[folder / name] = (train_expert, (*common, case.tuning, i))
+    for found in (bases, tuned):
+        yield [job for folder, job in found.items() if not folder.exists()]
+
+
+def carry_out(jobs: list[Job], pool: ProcessPoolExecutor, started: float) -> None:
+    """Run jobs side by side; the first failure ends the run."""
+    pending = {pool.submit(run, *arguments): (run, arguments) for run, arguments in jobs}
+    for done in as_completed(pending):
+        done.result()
+        run, (_, *what) = pending[done]
+        shown = " ".join(str(part) for part in what if not isinstance(part, Scale))
+        print(f"{time.perf_counter() - started:7.0f} s  {run.__name__} {shown}", flush=True)
+
+
+def main() -> None:
+    """Parse the arguments, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where CSV and plots go")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="models lie here")
+    parser.add_argument("--smoke", action="store_true", help="a toy size: scores mean nothing")
+    arguments = parser.parse_args()
+    scale = SMOKE if arguments.smoke else FULL
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    wanted, started = cases(scale), time.perf_counter()
+    workers = len(os.sched_getaffinity(0))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for jobs in trainings(wanted, arguments.work, scale):
+            carry_out(jobs, pool, started)
+        unscored = [c for c in wanted if not (arguments.work / f"{c.name}.json").exists()]
+        jobs = [(score_and_keep, (arguments.work, case, scale)) for case in unscored]
+        carry_out(jobs, pool, started)
+    rows = [
+        row
+        for case in wanted
+        for row in json.loads((arguments.work / f"{case.name}.json").read_text())
+    ]
+    write("quality", rows, threads=workers)
+
+
+if __name__ == "__main__":
+    main()

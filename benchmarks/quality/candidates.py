@@ -1,0 +1,88 @@
+"""What is compared: every method of ours, and RESM with its parts on, off and varied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+DENSITIES = (0.2, 0.6)
+OFF: dict[str, Any] = {"outlier_power": 0.0, "rank_sparsity": 0.0, "mask_noise": False}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with the parameters that are not chosen on validation prompts.
+
+    Attributes
+    ----------
+    label : str
+        Its name in tables; candidates of one label compete on validation prompts.
+    group : {"method", "ablation"}
+    method : str
+    parameters : dict
+    scaled : bool
+        Whether its lambda is chosen on validation prompts; it has none otherwise.
+    """
+
+    label: str
+    group: str
+    method: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    scaled: bool = True
+
+
+def methods(count: int) -> list[Candidate]:
+    """Every merge method for `count` experts; `passthrough` copies one model and is none."""
+    plain = [Candidate(m, "method", m, scaled=False) for m in ("linear", "model_stock")]
+    if count == 2:
+        plain += [
+            Candidate("slerp", "method", "slerp", {"t": t}, scaled=False) for t in (0.3, 0.5, 0.7)
+        ]
+    spectral = ("task_arithmetic", "tsvm", "iso_c", "iso_cts", "resm")
+    dense = [Candidate(m, "method", m) for m in spectral]
+    sparse = [
+        Candidate(m, "method", m, {"density": density})
+        for m in (
+            "ties", "dare_linear", "dare_ties", "della_linear", "della", "breadcrumbs",
+            "breadcrumbs_ties",
+        )
+        for density in DENSITIES
+    ]  # fmt: skip
+    return plain + dense + sparse
+
+
+def ablations() -> list[Candidate]:
+    """RESM by its parts. All off is TSV-M."""
+    varied: list[tuple[str, dict[str, Any]]] = [("all off (TSV-M)", {})]
+    for power in (-1.0, 0.5, 1.0, 2.0):
+        varied.append((f"weights: power {power:g}", {"outlier_power": power}))
+    for power in (0.5, 1.0):
+        for score in ("mass", "count"):
+            varied.append(
+                (
+                    f"weights: power {power:g}, {score}",
+                    {"outlier_power": power, "outlier_score": score},
+                )
+            )
+        for sigma in (2.0, 4.0):
+            varied.append(
+                (
+                    f"weights: power {power:g}, sigma {sigma:g}",
+                    {"outlier_power": power, "sigma": sigma},
+                )
+            )
+    for gamma, floor in ((0.5, 0.1), (1.0, 0.1), (1.0, 0.03), (1.0, 0.3), (1.0, 1.0)):
+        varied.append(
+            (
+                f"rank: gamma {gamma:g}, floor {floor:g}",
+                {"rank_sparsity": gamma, "noise_floor": floor},
+            )
+        )
+    varied.append(("rank: half of p/T", {"rank": "fixed", "rank_fraction": 0.5}))
+    varied.append(("rank: 90 % of energy", {"rank": "energy", "rank_energy": 0.9}))
+    for floor in (0.1, 0.3, 1.0):
+        varied.append((f"mask: floor {floor:g}", {"mask_noise": True, "noise_floor": floor}))
+    for power in (-1.0, 0.5, 1.0):
+        on = {"outlier_power": power, "rank_sparsity": 1.0, "mask_noise": True}
+        varied.append((f"all: power {power:g}, gamma 1, mask", on))
+    return [Candidate(label, "ablation", "resm", {**OFF, **changed}) for label, changed in varied]
