@@ -37,11 +37,22 @@ def conditions(threads: int) -> Row:
     return found
 
 
-def write(name: str, rows: list[Row], threads: int) -> None:
+def write(name: str, rows: list[Row], threads: int, folder: Path = RESULTS) -> None:
     """The rows as CSV and their conditions as JSON."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
+    write_csv(name, rows, folder)
+    (folder / f"{name}.json").write_text(json.dumps(conditions(threads), indent=1) + "\n")
+
+
+def write_csv(name: str, rows: list[Row], folder: Path = RESULTS) -> None:
+    """The rows alone: what is made from a file that has its conditions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    (RESULTS / f"{name}.json").write_text(json.dumps(conditions(threads), indent=1) + "\n")
+
+
+def read(name: str, folder: Path = RESULTS) -> list[Row]:
+    """The rows of a CSV, all values as text."""
+    with open(folder / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))

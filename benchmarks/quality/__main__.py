@@ -1,7 +1,8 @@
 """Train, merge and score everything: `python -m benchmarks.quality [--smoke] [--out DIR]`.
 
 Under two hours on two cores. What is trained stays in the work folder; an interrupted run goes on
-from there. Ends with `quality.csv` (a row per model and skill) and its conditions.
+from there. Ends with `quality.csv` (a row per model and skill), its conditions, and what
+`benchmarks.quality.plot` makes of it.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ from benchmarks.quality.models import (
     train_expert,
     train_joint,
 )
+from benchmarks.quality.plot import report
 from benchmarks.quality.scoring import Case, score_and_keep
 from benchmarks.quality.tasks import SKILLS
-from benchmarks.record import RESULTS, write
+from benchmarks.record import RESULTS, ROOT, write
 from resm_kernels.demo.models import ModelSize
 
+THREE = (("full", 3), ("lora", 3))
 FULL = Scale(
     sizes={"5M": ModelSize(256, 8, 8), "1M": ModelSize(128, 6, 4)},
-    seeds=(0, 1, 2), batch=64, base_steps=300, expert_steps=150, validation=64, test=256,
+    sets={"5M": THREE, "1M": (*THREE, ("full", 2), ("full", 5))},
+    seeds=(0, 1, 2), batch=64, base_steps=300, expert_steps=100, validation=64, test=256,
 )  # fmt: skip
 SMOKE = Scale(
-    sizes={"tiny": ModelSize(32, 2, 2)}, seeds=(0,), batch=16, base_steps=30, expert_steps=10,
-    validation=8, test=16,
+    sizes={"tiny": ModelSize(32, 2, 2)}, sets={"tiny": (("full", 2), ("lora", 3))},
+    seeds=(0,), batch=16, base_steps=30, expert_steps=10, validation=8, test=16,
 )  # fmt: skip
-SETS = (("full", 3), ("lora", 3), ("full", 2), ("full", 5))
-"""How the experts of a case are tuned, and how many there are; sizes beyond 1M do the first two."""
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -49,7 +51,7 @@ def cases(scale: Scale) -> list[Case]:
     return [
         Case(Family(size, seed), tuning, count)
         for size in scale.sizes
-        for tuning, count in (SETS[:2] if size == "5M" else SETS)
+        for tuning, count in scale.sets[size]
         for seed in scale.seeds
     ]
 
@@ -83,7 +85,8 @@ def carry_out(jobs: list[Job], pool: ProcessPoolExecutor, started: float) -> Non
 def main() -> None:
     """Parse the arguments, run, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where CSV and plots go")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where CSV files go")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where pictures go")
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="models lie here")
     parser.add_argument("--smoke", action="store_true", help="a toy size: scores mean nothing")
     arguments = parser.parse_args()
@@ -104,7 +107,8 @@ def main() -> None:
         for case in wanted
         for row in json.loads((arguments.work / f"{case.name}.json").read_text())
     ]
-    write("quality", rows, threads=workers)
+    write("quality", rows, workers, arguments.out)
+    report(arguments.out, arguments.docs)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,13 @@ LORA_RANK = 8
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained and scored; counts of prompts are per skill."""
+    """How much is trained and scored; counts of prompts are per skill.
+
+    `sets` has, per size, how the experts of a case are tuned and how many there are.
+    """
 
     sizes: dict[str, ModelSize]
+    sets: dict[str, tuple[tuple[str, int], ...]]
     seeds: tuple[int, ...]
     batch: int
     base_steps: int

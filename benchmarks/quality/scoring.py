@@ -168,7 +168,9 @@ class _Scoring:
                 "skill": skill,
                 "exact_match": round(score.exact_match, 4),
                 "answer_loss": round(score.answer_loss, 4),
-                "normalised": round(score.exact_match / own, 4) if (own := self.own[skill]) else "",
+                "normalised": round(score.exact_match / own, 4)
+                if (own := self.own[skill])
+                else 0.0,
             }
 
 
