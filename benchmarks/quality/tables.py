@@ -20,7 +20,7 @@ def distance(point: Mapping[str, float], others: Iterable[Mapping[str, float]]) 
     scores (the additive epsilon indicator); 0 on the front.
     """
     behind = (min(other[skill] - score for skill, score in point.items()) for other in others)
-    return max(0.0, *behind)
+    return max((0.0, *behind))
 
 
 def merges(rows: Iterable[Row]) -> list[Row]:
