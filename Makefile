@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test integration integration-mergekit integration-fusion-bench torture fuzz lint kernels bench spectral chart gpu clean
+.PHONY: demo test integration integration-mergekit integration-fusion-bench torture fuzz lint kernels bench spectral chart quality gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -59,6 +59,10 @@ spectral: $(VENV)/dev.done
 # On a machine with an NVIDIA GPU, with the torch that is installed there; under nine minutes.
 gpu:
 	$(PYTHON) -m benchmarks.gpu.run --out $(RESULTS)
+
+# Trains, merges and scores small models: about an hour and a half on two cores; goes on where it was stopped.
+quality: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality
 
 chart: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.chart
