@@ -64,12 +64,12 @@ chart: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.chart
 
 clean:
-	rm -rf $(VENV) $(VENV)-* demo build *.egg-info
+	rm -rf $(VENV) $(VENV)-* demo build *.egg-info resm_kernels/_cusolver.*.so
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/%.done: $(VENV)/bin/python pyproject.toml constraints.txt setup.py
+$(VENV)/%.done: $(VENV)/bin/python pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PIP) --editable '.[$*]'
 	touch $@
 
