@@ -15,7 +15,7 @@ else:
             sorted(map(str, Path("csrc").glob("*.cpp"))),
             depends=sorted(map(str, Path("csrc").glob("*.h"))),
             cxx_std=17,
-            extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
+            extra_compile_args=["-Wall", "-Wextra", "-Wno-missing-field-initializers"],
             libraries=["dl"],
             optional=True,
         )

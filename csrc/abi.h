@@ -2,7 +2,7 @@
 //
 // Declared here so that a C++ compiler alone builds it. Source: cusolverDn.h, cusolver_common.h,
 // cublas_api.h, library_types.h and driver_types.h of cuSOLVER 12.4.1 and CUDA 13, the same since
-// CUDA 12.0; tests/abi_check.cpp compares every type and value with the real headers.
+// CUDA 12.0; tests/fake_cusolver/abi_check.cpp compares every type and value with the real headers.
 #pragma once
 
 #include <cstddef>

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 from typing import Any
 
 from resm_kernels import __version__
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import usable_cores
+from resm_kernels.linalg import cusolver
 
 PACKAGES = (
     "torch",
@@ -21,6 +21,8 @@ PACKAGES = (
     "rich",
     "PyYAML",
 )
+
+UNMEASURED = "not yet measured on this card"
 
 
 def diagnose() -> dict[str, Any]:
@@ -35,7 +37,6 @@ def diagnose() -> dict[str, Any]:
         }
         for i in range(torch.cuda.device_count())
     ]
-    extension = importlib.util.find_spec("resm_kernels._cusolver") is not None
     return {
         "resm_kernels": __version__,
         "python": platform.python_version(),
@@ -44,7 +45,13 @@ def diagnose() -> dict[str, Any]:
         "cores": usable_cores(),
         "available_memory_bytes": available_memory(),
         "cuda_devices": devices,
-        "cusolver_extension": "present" if extension else "not built: torch is used instead",
+        "cusolver": {
+            "libraries": cusolver.libraries(),
+            "solvers": {
+                name: f"not available: {reason}" if reason else "available; " + UNMEASURED
+                for name, reason in cusolver.available().items()
+            },
+        },
         "runs_on": {
             "merging": "cpu unless --device says otherwise; not yet measured on a GPU",
             "factorisations": "torch.linalg in float64, where merging runs",

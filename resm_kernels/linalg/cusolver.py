@@ -404,7 +404,7 @@ def by_shape(solve: Callable[..., Factors], matrices: Sequence[torch.Tensor]) ->
         for entry, position in enumerate(positions):
             results[position] = type(found)(*(part[entry] for part in parts))
     if wrong:
-        raise _failure("the matrices", wrong)
+        raise _failure("cuSOLVER", wrong)
     return [results[position] for position in range(len(matrices))]
 
 
@@ -561,7 +561,7 @@ class _Task:
         wrong = dict.fromkeys(outcome.nonfinite, "NaN or Inf")
         wrong |= {entry: f"info = {info}" for entry, info in outcome.failed}
         if wrong:
-            raise _failure(f"the batch of cuSOLVER's {self.name}", wrong)
+            raise _failure(f"cuSOLVER's {self.name}", wrong)
         return float(extra)
 
 
@@ -591,12 +591,12 @@ def _usage(name: SolverName, got: str, expected: str) -> UsageError:
     return UsageError(f"cuSOLVER's {name}", got=got, expected=expected)
 
 
-def _failure(where: str, wrong: Mapping[int, str]) -> SolverError:
+def _failure(solver: str, wrong: Mapping[int, str]) -> SolverError:
     listed = [f"entry {entry}: {wrong[entry]}" for entry in sorted(wrong)]
     if len(listed) > SHOWN:
         listed[SHOWN:] = [f"and {len(listed) - SHOWN} more"]
     return SolverError(
-        f"{len(wrong)} of {where} could not be factored",
+        f"{solver} could not factor {len(wrong)} matri{'x' if len(wrong) == 1 else 'ces'}",
         got="; ".join(listed),
         fix="check these inputs for NaN and Inf, or factor them with torch.linalg",
         entries=wrong,

@@ -31,10 +31,12 @@ def build(folder: Path, version: int = LATEST) -> Path:
     command = [
         found, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
         f"-DFAKE_VERSION={version}", f"-I{ROOT / 'csrc'}",
-        *os.environ.get("CXXFLAGS", "").split(),
+        f"-Wl,-soname,{target.name}", *os.environ.get("CXXFLAGS", "").split(),
         "-o", str(target), str(Path(__file__).with_name("fake_cusolver.cpp")),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    # A sanitiser is preloaded for Python, not for the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
 
