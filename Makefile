@@ -62,7 +62,7 @@ bench: $(VENV)/dev.done
 
 # Needs fusion-bench in the environment for its peer column: pip install fusion-bench.
 spectral: $(VENV)/dev.done
-	for what in accuracy workspace layer checkpoint; do \
+	for what in accuracy workspace layer checkpoint batches; do \
 	    OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.spectral $$what || exit 1; \
 	done
 

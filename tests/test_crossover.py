@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.crossover import WORTH, propose, with_table
+from resm_kernels.doctor import measured
 from resm_kernels.errors import ResmError
 from resm_kernels.linalg import Solver, SolverOptions, cusolver, dispatch, leading_subspaces
 from resm_kernels.linalg.crossover import (
@@ -114,6 +115,14 @@ def test_a_card_adds_its_own_rules_before_the_general_ones() -> None:
     assert (both.card, both.measured) == ("H100", True)
     assert both.rules == (*own.rules, *GENERAL.rules)
     assert table_for([GENERAL, own], "A100") == GENERAL
+
+
+def test_the_doctor_says_whether_the_table_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured([]) == measured(["H100"]) == "not yet measured on this card"
+    own = Table("H100", True, "", (), {"torch": "2.11.0"}, "abc")
+    monkeypatch.setattr("resm_kernels.doctor.committed_tables", lambda: (GENERAL, own))
+    assert measured(["H100"]) == "measured on this card with torch 2.11.0 at abc"
+    assert measured(["H100", "A100"]) == "not yet measured on this card"
 
 
 # The file
