@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import crossover, factorisations, kernels, run
-from benchmarks.gpu.suite import Suite
+from benchmarks.gpu.suite import Suite, TooLong
 from resm_kernels.linalg import cusolver
 from resm_kernels.linalg.crossover import parse_tables
 from resm_kernels.linalg.solver import Work
@@ -160,6 +161,25 @@ def test_the_grid_ends_with_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     crossover.measure(suite, 60.0, quick=True)
     found = {row["batch"]: row["status"] for row in suite.rows if row["name"] == "torch"}
     assert found == {1: "skipped", 3: "ok"}
+
+
+def test_a_slow_first_run_is_no_measurement(tmp_path: Path) -> None:
+    suite, calls = Suite(tmp_path, torch.device("cpu")), list[int]()
+    suite.allot(60.0, crossover.PARTS)
+
+    def run(matrices: torch.Tensor, count: int) -> crossover.Found:
+        calls.append(count)
+        time.sleep(0.3 if len(calls) == 1 else 0.0)
+        return (matrices,)
+
+    row = {"part": "eigh", "name": "torch", "dtype": "float64", "batch": 1, "shape": (16, 16)}
+    crossover.timed(suite, row, run, torch.eye(16), 5)
+    assert calls == [5] * (1 + crossover.REPEATS)
+    assert row["seconds"] < 0.1
+    crossover.check_time(suite, row | {"shape": (64, 64)})
+    suite.pace[crossover.pace_key(row)] = 1e-3
+    with pytest.raises(TooLong, match=r"about 262\.1 s, but 3\.0 s allowed"):
+        crossover.check_time(suite, row | {"shape": (64, 64)})
 
 
 def test_the_grid_stays_inside_memory() -> None:

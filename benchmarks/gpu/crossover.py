@@ -40,7 +40,7 @@ SHARES = {"leading": 3, "low rank": 16}
 """One of so many vectors is wanted: what three experts keep, and what a sketch is made for."""
 ENTRIES = 1 << 28
 """The most entries of a case: 2 GiB in float64."""
-LONGEST, ALLOWANCE, REPEATS = (3.0, 1.0), 0.3, 3
+LONGEST, ALLOWANCE, REPEATS = (3.0, 1.0), 0.2, 3
 """Seconds that a run of a single matrix and of a batch may be expected to take; seconds for all
 repeats, and how many there are."""
 WORTH = 1.1
@@ -175,23 +175,31 @@ def backward_error(matrices: torch.Tensor, found: Found) -> float:
     return float(torch.stack(errors).max())
 
 
-def timed(suite: Suite, row: Row, run: Run, matrices: torch.Tensor, count: int) -> Found:
-    """The median of some runs after a first one.
+def pace_key(row: Row) -> str:
+    aspect = row["shape"][0] // row["shape"][1]
+    return f"{row['part']} {row['name']} {row['dtype']} {row['batch']} {aspect}"
 
-    A run is expected to take what the next smaller size of its kind took, times the ratio of the
+
+def check_time(suite: Suite, row: Row) -> None:
+    """TooLong where a case does not fit.
+
+    It is expected to take what the next smaller size of its kind took, times the ratio of the
     sizes to the third power: an upper bound, since small ones are bound by latency.
     """
-    n, longest = min(row["shape"]), LONGEST[row["batch"] > 1]
-    key = f"{row['part']} {row['name']} {row['dtype']} {row['batch']} {row['shape'][0] // n}"
-    expected, left = suite.pace.get(key, 0.0) * n**3, min(longest, suite.left(row))
+    expected = suite.pace.get(pace_key(row), 0.0) * row["shape"][1] ** 3
+    left = min(LONGEST[row["batch"] > 1], suite.left(row))
     if expected > left or left <= 0:
         raise TooLong(f"about {expected:.1f} s, but {max(left, 0):.1f} s allowed")
+
+
+def timed(suite: Suite, row: Row, run: Run, matrices: torch.Tensor, count: int) -> Found:
+    """The median of some runs after a first one, which also loads kernels."""
     first, found = suite.once(run, matrices, count)
-    times, room = list[float](), min(ALLOWANCE, suite.left(row))
-    while len(times) < REPEATS and sum(times) + first < room:
+    times = list[float]()
+    while first <= LONGEST[0] and len(times) < REPEATS and sum(times) < ALLOWANCE:
         times.append(suite.once(run, matrices, count)[0])
     row["seconds"] = statistics.median(times or [first])
-    suite.pace[key] = row["seconds"] / n**3
+    suite.pace[pace_key(row)] = row["seconds"] / row["shape"][1] ** 3
     return found
 
 
@@ -211,6 +219,7 @@ def measure_case(
                 raise Unavailable(reason)
             if name.startswith("torch g") and suite.device.type != "cuda":
                 raise Unavailable("cuda only")
+            check_time(suite, row)
             if matrices is None:
                 matrices = make(operation, batch, shape, getattr(torch, dtype), suite.device)
             found = timed(suite, row, run, matrices, count)
