@@ -704,6 +704,19 @@ def test_every_thread_has_its_own_solver_and_they_run_at_once(fake_cusolver: Fak
     assert fake_cusolver.count("cusolverDnCreate") == len(matrices)
 
 
+def test_python_goes_on_while_a_solver_runs(fake_cusolver: Fake) -> None:
+    """Were the GIL held, nobody could open the gate."""
+    matrix, found = symmetric(4), []
+    fake_cusolver.gate(closed=True)
+    thread = threading.Thread(target=lambda: found.append(cusolver.syevd(matrix)))
+    thread.start()
+    while not fake_cusolver.count("Xsyevd"):
+        assert thread.is_alive()
+    fake_cusolver.gate(closed=False)
+    thread.join()
+    assert torch.allclose(found[0].values, torch.linalg.eigvalsh(matrix), atol=1e-12)
+
+
 def test_one_solver_shared_by_threads_takes_turns(raw: Raw) -> None:
     threads = [threading.Thread(target=eigen_call, args=(raw, n)) for n in range(2, 12)]
     for thread in threads:

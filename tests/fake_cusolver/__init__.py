@@ -92,6 +92,10 @@ class Fake:
         """Ask for another workspace than the function needs."""
         self._handle.fake_size(function.encode(), size)
 
+    def gate(self, closed: bool) -> None:
+        """While it is closed, Xsyevd waits (20 s at most, then it fails)."""
+        self._handle.fake_gate(int(closed))
+
     def live(self) -> int:
         """Handles and parameter objects that exist."""
         return int(self._handle.fake_live())

@@ -1,7 +1,9 @@
 // cuSOLVER and the CUDA runtime on host memory: the same symbols, every argument checked, every
 // call recorded. FAKE_VERSION = 11400 leaves out what cuSOLVER 11.4 did not have.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -39,6 +41,8 @@ struct State {
   std::map<std::string, long long> sizes;  // function -> workspace to ask for instead
   std::set<const void*> live;
   std::string text;
+  bool closed = false;  // Xsyevd waits until the gate is open
+  std::condition_variable opened;
 };
 
 State& state() {
@@ -399,6 +403,13 @@ const char* fake_calls() {
 void fake_info(int entry, int info) { state().info[entry] = info; }
 void fake_status(const char* function, int status) { state().status[function] = status; }
 void fake_size(const char* function, long long size) { state().sizes[function] = size; }
+void fake_gate(int closed) {
+  {
+    std::lock_guard<std::mutex> lock(state().mutex);
+    state().closed = closed;
+  }
+  state().opened.notify_all();
+}
 int fake_live() { return static_cast<int>(state().live.size()); }
 
 cusolverStatus_t cusolverGetProperty(libraryPropertyType property, int* value) {
@@ -483,6 +494,11 @@ cusolverStatus_t cusolverDnXsyevd(cusolverDnHandle_t handle, cusolverDnParams_t 
                                   size_t on_host, int* info) {
   const char* name = "cusolverDnXsyevd";
   record(name, n, lda, static_cast<int>(uplo));
+  {
+    std::unique_lock<std::mutex> lock(state().mutex);
+    if (!state().opened.wait_for(lock, std::chrono::seconds(20), [] { return !state().closed; }))
+      return CUSOLVER_STATUS_EXECUTION_FAILED;
+  }
   if (const auto bad = check(name, handle, params, n > 0, A && W && info, lda >= n)) return bad;
   if (const auto bad = check_work(name, device, on_device, host, on_host, device_size(n, type),
                                   host_size(n)))
