@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test integration integration-mergekit integration-fusion-bench torture fuzz lint kernels bench spectral chart quality gpu clean
+.PHONY: demo test integration integration-mergekit integration-fusion-bench torture fuzz sanitize lint kernels bench spectral chart quality gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -42,6 +42,16 @@ lint: $(VENV)/dev.done
 kernels: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.compile
 
+# The extension and the fake cuSOLVER under AddressSanitizer and UBSan; under a minute.
+CXX ?= c++
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -O0
+sanitize: $(VENV)/dev.done
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CXXFLAGS="$(SANITIZE)" \
+	RESM_TEST_EXTENSION="$$(echo build/sanitize/resm_kernels/_cusolver.*.so)" \
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cusolver.py
+
 # Seconds for each of the eleven targets; needs a Python that atheris has wheels for (3.11 to 3.13).
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/fuzz.done
@@ -52,7 +62,7 @@ bench: $(VENV)/dev.done
 
 # Needs fusion-bench in the environment for its peer column: pip install fusion-bench.
 spectral: $(VENV)/dev.done
-	for what in accuracy workspace layer checkpoint; do \
+	for what in accuracy workspace layer checkpoint batches; do \
 	    OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.spectral $$what || exit 1; \
 	done
 
@@ -68,12 +78,12 @@ chart: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.chart
 
 clean:
-	rm -rf $(VENV) $(VENV)-* demo build *.egg-info
+	rm -rf $(VENV) $(VENV)-* demo build *.egg-info resm_kernels/_cusolver.*.so
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/%.done: $(VENV)/bin/python pyproject.toml constraints.txt setup.py
+$(VENV)/%.done: $(VENV)/bin/python pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PIP) --editable '.[$*]'
 	touch $@
 

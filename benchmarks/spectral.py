@@ -4,6 +4,7 @@
     python -m benchmarks.spectral layer        # about twelve minutes
     python -m benchmarks.spectral workspace    # about a minute
     python -m benchmarks.spectral checkpoint   # about six minutes
+    python -m benchmarks.spectral batches      # about a minute
 
 Each writes `benchmarks/results/<name>.csv` with its conditions in `<name>.json`; `accuracy` also
 writes the table of `docs/accuracy.md`. FusionBench is a peer where `fusion_bench` can be imported.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import io
 import itertools
 import json
@@ -30,7 +32,8 @@ import numpy as np
 import torch
 
 from benchmarks.record import ROOT, Row, conditions, write
-from resm_kernels.linalg import FactoredDelta, Solver, SolverOptions
+from resm_kernels.linalg import Batching, FactoredDelta, Solver, SolverOptions
+from resm_kernels.methods import Inputs, find_method, merge_weight, split_of
 from tests import oracle
 
 Shape = tuple[int, int]
@@ -487,9 +490,65 @@ def one_checkpoint(who: str, threads: int, folder: str, out: str) -> None:
     print(json.dumps(row))
 
 
+# Expert stacks
+
+STACK = 128
+"""Matrices of a stack."""
+STACK_SHAPES = ((32, 32), (64, 64), (96, 128), (128, 128), (128, 192))
+
+
+def batches(repeats: int = 3) -> None:
+    """CPU seconds of an expert stack merged in batches and matrix by matrix, in turn."""
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    for name, shape in itertools.product(("tsvm", "resm"), STACK_SHAPES):
+        method = find_method(name)
+        singly = dataclasses.replace(method, batch=lambda *given: Batching())
+        generator = torch.Generator().manual_seed(0)
+        base = (0.02 * torch.randn(STACK, *shape, generator=generator)).bfloat16()
+        experts = [
+            (base + RMS * torch.randn(base.shape, generator=generator)).bfloat16() for _ in range(3)
+        ]
+        options = method.make_options({}, 3)
+        config = {"num_experts": STACK}
+        split, _ = split_of(method, "experts.down_proj", base.shape, 3, options, config)
+
+        def run(
+            how: Any, given: Any = (base, experts, options, split)
+        ) -> Callable[[], torch.Tensor]:
+            base, experts, options, split = given
+            return lambda: (
+                merge_weight(
+                    how, Inputs("w", base, experts), [1.0] * 3, options, torch.float32, split
+                ).tensor
+            )
+
+        found = [[timed(run(how)) for how in (method, singly)] for _ in range(repeats)]
+        together, alone = (min(pair[i][0] for pair in found) for i in (0, 1))
+        merged, expected = found[0][0][2], found[0][1][2]
+        rows.append(
+            {
+                "method": name,
+                "matrices": STACK,
+                "shape": f"{shape[0]}x{shape[1]}",
+                "experts": 3,
+                "batched_cpu_s": round(together, 4),
+                "singly_cpu_s": round(alone, 4),
+                "ratio": round(alone / together, 2),
+                "difference": float((merged - expected).norm() / (expected - base.float()).norm()),
+            }
+        )
+        print(*rows[-1].values(), flush=True)
+    write("batches", rows, 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one of the measurements."""
-    names = ("accuracy", "layer", "workspace", "checkpoint", "one-workspace", "one-checkpoint")
+    runs = {
+        "accuracy": accuracy, "layer": layer, "workspace": workspace, "checkpoint": checkpoint,
+        "batches": batches,
+    }  # fmt: skip
+    names = (*runs, "one-workspace", "one-checkpoint")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("what", choices=names)
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
@@ -501,9 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         who, threads, folder, out = given.rest
         one_checkpoint(who, int(threads), folder, out)
     else:
-        {"accuracy": accuracy, "layer": layer, "workspace": workspace, "checkpoint": checkpoint}[
-            given.what
-        ]()
+        runs[given.what]()
 
 
 if __name__ == "__main__":

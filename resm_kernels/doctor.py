@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from resm_kernels import __version__
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import usable_cores
+from resm_kernels.linalg import cusolver
+from resm_kernels.linalg.crossover import committed_tables, table_for
 
 PACKAGES = (
     "torch",
@@ -21,6 +23,8 @@ PACKAGES = (
     "rich",
     "PyYAML",
 )
+
+UNMEASURED = "not yet measured on this card"
 
 
 def diagnose() -> dict[str, Any]:
@@ -35,7 +39,7 @@ def diagnose() -> dict[str, Any]:
         }
         for i in range(torch.cuda.device_count())
     ]
-    extension = importlib.util.find_spec("resm_kernels._cusolver") is not None
+    crossover = measured([str(device["name"]) for device in devices])
     return {
         "resm_kernels": __version__,
         "python": platform.python_version(),
@@ -44,13 +48,29 @@ def diagnose() -> dict[str, Any]:
         "cores": usable_cores(),
         "available_memory_bytes": available_memory(),
         "cuda_devices": devices,
-        "cusolver_extension": "present" if extension else "not built: torch is used instead",
+        "cusolver": {
+            "libraries": cusolver.libraries(),
+            "solvers": {
+                name: f"not available: {reason}" if reason else f"available; {crossover}"
+                for name, reason in cusolver.available().items()
+            },
+        },
         "runs_on": {
             "merging": "cpu unless --device says otherwise; not yet measured on a GPU",
-            "factorisations": "torch.linalg in float64, where merging runs",
+            "factorisations": "torch.linalg in float64, where merging runs; cuSOLVER itself where "
+            "the crossover table says so",
             "element-wise operations": _kernels(),
         },
     }
+
+
+def measured(cards: Sequence[str]) -> str:
+    """Whether the crossover table between torch and cuSOLVER was measured on these cards."""
+    tables = [table_for(committed_tables(), card) for card in cards]
+    if not tables or not all(table.measured for table in tables):
+        return UNMEASURED
+    versions = dict.fromkeys(f"torch {t.versions.get('torch')} at {t.commit}" for t in tables)
+    return f"measured on this card with {', '.join(versions)}"
 
 
 def _kernels() -> str:

@@ -3,7 +3,10 @@
 import importlib.util
 import os
 
+import pytest
 import torch
+
+from tests import fake_cusolver as fakes
 
 # Several threads spinning on two cores are ten times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -12,3 +15,17 @@ if not torch.cuda.is_available():
 collect_ignore = (
     [] if importlib.util.find_spec("triton") else ["test_kernels.py", "test_gpu_kernels.py"]
 )
+
+
+@pytest.fixture(scope="session")
+def built_fake(tmp_path_factory: pytest.TempPathFactory) -> fakes.Fake:
+    if fakes.compiler() is None:
+        pytest.skip("no C++ compiler: neither the extension nor the fake cuSOLVER can be built")
+    return fakes.Fake(fakes.build(tmp_path_factory.mktemp("fake")))
+
+
+@pytest.fixture
+def fake_cusolver(built_fake: fakes.Fake, monkeypatch: pytest.MonkeyPatch) -> fakes.Fake:
+    """cuSOLVER on host memory behind `resm_kernels.linalg.cusolver`."""
+    built_fake.install(monkeypatch)
+    return built_fake

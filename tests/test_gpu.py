@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from resm_kernels.api import merge_tensors
-from resm_kernels.linalg import FactoredDelta, Solver, SolverOptions, leading_subspaces
+from resm_kernels.linalg import (
+    FactoredDelta,
+    Solver,
+    SolverOptions,
+    cusolver,
+    dispatch,
+    leading_subspaces,
+)
 from resm_kernels.linalg.solver import Mode
 from tests import oracle
 
@@ -121,6 +130,101 @@ def test_rank_deficient_experts_agree_with_the_oracle(case: str) -> None:
     reference = oracle.tsvm([delta.numpy() for delta in deltas], ranks)
     merged = (merge.left.double() @ merge.right.double().T).cpu().numpy()
     assert oracle.error(merged, reference) <= 1e-5
+
+
+# The cuSOLVER extension
+
+
+def needs(name: str) -> None:
+    if reason := cusolver.available()[name]:  # type: ignore[index]
+        pytest.skip(reason)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["syev_batched", "syevd", "syevdx"])
+def test_eigenpairs_of_cusolver(name: str, dtype: torch.dtype) -> None:
+    needs(name)
+    noise = torch.randn(5, 200, 120, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    matrices = noise.mT @ noise
+    kept = matrices.clone()
+    if name == "syev_batched":
+        found = cusolver.syev_batched(matrices)
+    elif name == "syevd":
+        matrices, kept = matrices[0], kept[0]
+        found = cusolver.syevd(matrices)
+    else:
+        matrices, kept = matrices[0], kept[0]
+        found = cusolver.syevdx(matrices, 40)
+    assert torch.equal(matrices, kept)
+    tolerance = 1e3 * torch.finfo(dtype).eps
+    values, vectors = found.values.double(), found.vectors.double()
+    expected = torch.linalg.eigvalsh(kept.double())[..., -values.shape[-1] :]
+    assert relative(values, expected) <= tolerance
+    assert relative(kept.double() @ vectors, vectors * values[..., None, :]) <= tolerance
+    eye = torch.eye(vectors.shape[-1], device=DEVICE, dtype=torch.float64)
+    assert float((vectors.mT @ vectors - eye).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+@pytest.mark.parametrize("name", ["gesvdj_batched", "gesvda_batched", "gesvdp", "polar"])
+def test_singular_values_of_cusolver(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    needs(name)
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(5, *shape, generator=generator).to(DEVICE, dtype)
+    matrices[3] = 0.0
+    one, wide = matrices[0], matrices[0].double()
+    left, values, right = torch.linalg.svd(wide.cpu(), full_matrices=False)
+    tolerance = (1e-2 if name == "gesvda_batched" else 1e3) * torch.finfo(dtype).eps ** (
+        0.5 if name == "gesvda_batched" else 1.0
+    )
+    if name == "polar":
+        found = cusolver.polar(one).factor.double().cpu()
+        assert relative(found, left @ right) <= tolerance
+        return
+    if name == "gesvdp":
+        svds = cusolver.gesvdp(one)[0]
+        parts = [part[None] for part in (svds.left, svds.values, svds.right)]
+    else:
+        svds = getattr(cusolver, name)(matrices)
+        parts = [svds.left, svds.values, svds.right]
+        assert not bool(svds.values[3].any())
+        assert all(bool(part.isfinite().all()) for part in parts)
+    left, found, right = (part[0].double() for part in parts)
+    assert relative(found.cpu(), values) <= tolerance
+    assert relative(left * found @ right.T, wide) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["syevd", "syevdx", "gesvdp"])
+def test_merges_by_cusolver_are_those_of_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs(name)
+    kind = "steep" if name == "gesvdp" else "power"
+    deltas = make_deltas(kind, SHAPE)
+    expected = oracle.tsvm([delta.numpy() for delta in deltas], [SHAPE[1] // 3] * 3)
+    monkeypatch.setattr(dispatch, "backend", lambda problem, device: name)
+    merge = Solver(SolverOptions(mode="exact")).merge(on_device(deltas), [SHAPE[1] // 3] * 3)
+    merged = (merge.left.double() @ merge.right.double().T).cpu().numpy()
+    assert oracle.error(merged, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["torch", "syev_batched"])
+def test_batches_of_small_matrices_are_those_of_the_cpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name != "torch":
+        needs(name)
+    generator = torch.Generator().manual_seed(0)
+    base = 0.02 * torch.randn(24, 48, 64, generator=generator)
+    experts = [base + 1e-3 * torch.randn(base.shape, generator=generator) for _ in range(3)]
+    given: dict[str, Any] = {"name": "experts.down_proj", "config": {"num_experts": 24}}
+    expected = merge_tensors(base, experts, "resm", **given)
+    monkeypatch.setattr(dispatch, "backend", lambda problem, device: name)
+    found = merge_tensors(base.to(DEVICE), on_device(experts), "resm", **given)
+    assert relative(found.cpu() - base, expected - base) <= 1e-5
 
 
 @pytest.mark.parametrize("mode", MODES)

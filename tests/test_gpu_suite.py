@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import factorisations, kernels, run
+from benchmarks.gpu import crossover, factorisations, kernels, run
+from benchmarks.gpu.suite import Suite, TooLong
+from resm_kernels.linalg import cusolver
+from resm_kernels.linalg.crossover import parse_tables
 from resm_kernels.linalg.solver import Work
+from tests.fake_cusolver import Fake
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +65,7 @@ def test_the_quick_factorisations_keep_the_contract_on_the_cpu(
     assert content["versions"]["torch"] == torch.__version__
     assert Counter(row["part"] for row in rows) == {
         "correctness": 3 * 5 * 2 * 4,
-        "pieces": 10 + 2,
+        "pieces": 10,
         "merges": 2 * 4,
         "layers": 2 * (4 + 1),
     }
@@ -65,8 +73,6 @@ def test_the_quick_factorisations_keep_the_contract_on_the_cpu(
         "svd gesvd",
         "svd gesvda",
         "split gram",
-        "Xgesvdp",
-        "Xpolar",
     }
     assert {row["status"] for row in rows} == {"ok", "unavailable"}
     assert all(row["seconds"] > 0 for row in rows if row["status"] == "ok")
@@ -75,6 +81,153 @@ def test_the_quick_factorisations_keep_the_contract_on_the_cpu(
     assert sum(row["mode"] in ("auto", "fast") for row in compared) == 3 * 5 * 2 * 2
     assert all(row["ratio"] > 0 for row in rows if row["part"] == "merges")
     assert "auto      30 of 30 ok, 30 compared" in capsys.readouterr().out
+
+
+def test_the_quick_grid_of_solvers_runs_without_cusolver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = dict.fromkeys(cusolver.SOLVERS, "the extension is not built")
+    monkeypatch.setattr(cusolver, "available", lambda: absent)
+    rows = quick_grid(tmp_path)
+    ours = [row for row in rows if row["name"] in cusolver.SOLVERS]
+    assert {row["name"] for row in ours} == set(cusolver.SOLVERS)
+    assert {row["note"] for row in ours} == {"not available (the extension is not built)"}
+    others = [row for row in rows if row not in ours]
+    assert {row["name"] for row in others if row["status"] == "unavailable"} == {
+        "torch gesvd", "torch gesvdj", "torch gesvda",
+    }  # fmt: skip
+    assert {row["status"] for row in others} == {"ok", "unavailable"}
+    shown = capsys.readouterr().out
+    assert "gesvdp: not available (the extension is not built)" in shown
+    assert re.search(r"eigh +float64 +3 x 16x16 +torch \S+ +loop \S+ ms", shown)
+
+
+def test_the_quick_grid_measures_every_solver_of_cusolver(
+    tmp_path: Path, fake_cusolver: Fake
+) -> None:
+    rows = quick_grid(tmp_path)
+    ours = [row for row in rows if row["name"] in cusolver.SOLVERS]
+    assert {row["name"] for row in ours} == set(cusolver.SOLVERS)
+    assert {row["status"] for row in ours} <= {"ok", "fail"}
+    assert all(row["seconds"] > 0 for row in ours)
+    for row in ours:  # the fake's Jacobi rotations stop at 1e-14
+        if row["part"] != "low rank":
+            assert (row["error"] <= row["limit"]) == (row["status"] == "ok")
+            assert row["error"] <= (1e-12 if row["dtype"] == "float64" else 1e-5)
+    assert {row["shape"] for row in ours if row["part"] == "svd"} >= {(16, 16), (64, 16)}
+    assert {row["batch"] for row in ours} == {1, 3}
+
+
+def quick_grid(folder: Path) -> list[dict[str, Any]]:
+    """The rows, from this process; the table that they propose can be read."""
+    suite = Suite(folder, torch.device("cpu"))
+    crossover.measure(suite, 60.0, quick=True)
+    crossover.print_table(suite.rows)
+    assert Counter(row["part"] for row in suite.rows).keys() == crossover.PARTS.keys()
+    tables = parse_tables((folder / "crossover.json").read_text(), "crossover.json")
+    assert [(table.card, table.measured) for table in tables][-1] == ("no GPU", True)
+    return suite.rows
+
+
+def test_a_solver_that_is_wrong_is_shown_and_not_proposed(
+    tmp_path: Path, fake_cusolver: Fake, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    right = cusolver.syev_batched
+
+    def wrong(matrices: torch.Tensor) -> cusolver.Eigen:
+        found = right(matrices)
+        return cusolver.Eigen(found.values, found.vectors + 1e-9)
+
+    monkeypatch.setattr(cusolver, "syev_batched", wrong)
+    monkeypatch.setattr(crossover, "WORTH", 1e-9)
+    found = [row for row in quick_grid(tmp_path) if row["name"] == "syev_batched"]
+    doubles = [row for row in found if row["dtype"] == "float64"]
+    assert {row["status"] for row in doubles} == {"fail"}
+    assert {row["status"] for row in found if row not in doubles} == {"ok"}
+    rules = parse_tables((tmp_path / "crossover.json").read_text(), "")[-1].rules
+    chosen = {rule.dtype for rule in rules if rule.backend == "syev_batched"}
+    assert chosen == {"float32"}
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_the_grid_ends_with_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite(tmp_path, torch.device("cpu"))
+    crossover.measure(suite, 0.0, quick=True)
+    tried = [row for row in suite.rows if row["status"] != "unavailable"]
+    assert {row["status"] for row in tried} == {"skipped"}
+    monkeypatch.setattr(crossover, "LONGEST", (0.0, 60.0))
+    suite = Suite(tmp_path, torch.device("cpu"))
+    crossover.measure(suite, 60.0, quick=True)
+    found = {row["batch"]: row["status"] for row in suite.rows if row["name"] == "torch"}
+    assert found == {1: "skipped", 3: "ok"}
+
+
+def test_a_slow_first_run_is_no_measurement(tmp_path: Path) -> None:
+    suite, calls = Suite(tmp_path, torch.device("cpu")), list[int]()
+    suite.allot(60.0, crossover.PARTS)
+
+    def run(matrices: torch.Tensor, count: int) -> crossover.Found:
+        calls.append(count)
+        time.sleep(0.3 if len(calls) == 1 else 0.0)
+        return (matrices,)
+
+    row = {"part": "eigh", "name": "torch", "dtype": "float64", "batch": 1, "shape": (16, 16)}
+    crossover.timed(suite, row, run, torch.eye(16), 5)
+    assert calls == [5] * (1 + crossover.REPEATS)
+    assert row["seconds"] < 0.1
+    crossover.check_time(suite, row | {"shape": (64, 64)})
+    suite.pace[crossover.pace_key(row)] = 1e-3
+    with pytest.raises(TooLong, match=r"about 262\.1 s, but 3\.0 s allowed"):
+        crossover.check_time(suite, row | {"shape": (64, 64)})
+
+
+def test_the_grid_stays_inside_memory() -> None:
+    every = list(crossover.cases(crossover.SIZES, crossover.BATCHES))
+    assert max(b * m * n for _, b, (m, n), _ in every) == crossover.ENTRIES
+    assert {b for _, b, _, _ in every} == {1, 8, 64, 512}
+    assert {min(shape) for _, _, shape, _ in every} == set(crossover.SIZES)
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "said"),
+    [
+        ("echo fine", "ok", "fine"),
+        ("echo 1 error; exit 9", "fail", "1 error"),
+        ("echo Device not supported; exit 1", "unavailable", "exit code 1: Device not supported"),
+        ("exec sleep 60", "skipped", "not done within"),
+        (None, "unavailable", "no compute-sanitizer"),
+    ],
+)
+def test_compute_sanitizer_runs_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_cusolver: Fake,
+    script: str | None, status: str, said: str,
+) -> None:  # fmt: skip
+    tool = tmp_path / "compute-sanitizer"
+    if script:
+        tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\n{script}\n')
+        tool.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda *given, **options: str(tool) if script else None)
+    monkeypatch.setattr(run, "SANITIZER_SECONDS", 1.0)
+    suite, given = Suite(tmp_path, torch.device("cpu")), argparse.Namespace(device="cpu")
+    run.run_sanitizer(suite, given, 1.0)
+    (row,) = suite.rows
+    assert row["status"] == status
+    assert said in row["note"]
+    assert run.failed(suite) == (status == "fail")
+    if script:
+        words = (tmp_path / "arguments").read_text()
+        assert words.startswith("--tool memcheck --error-exitcode 9 ")
+        assert "--only crossover --quick" in words
+
+
+def test_without_the_extension_there_is_nothing_to_sanitise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cusolver, "available", lambda: {"syevd": "not built"})
+    suite = Suite(tmp_path, torch.device("cpu"))
+    run.run_sanitizer(suite, argparse.Namespace(device="cpu"), 60.0)
+    assert suite.rows[0]["note"] == "not available (no solver of the cuSOLVER extension)"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

@@ -25,7 +25,6 @@ from resm_kernels.linalg import (
     polar_factor,
     projector,
 )
-from resm_kernels.linalg.batched import merge_batch
 from resm_kernels.linalg.eigen import PARTIAL_SIZE, gram, leading_eigenpairs
 from resm_kernels.linalg.express import best_quintic, orthonormalise, schedule
 from resm_kernels.linalg.lapack import Tridiagonal
@@ -341,10 +340,6 @@ def test_float64_deltas_of_any_size_merge_as_at_size_one(size: float) -> None:
     assert (
         oracle.error((merge.left / size**0.5 @ merge.right.T / size**0.5).numpy(), expected) <= 1e-6
     )
-    stack = torch.from_numpy(np.array([found]) * size)[:, :, :40, :30]
-    left, right = Solver().merge_batch(stack, 15)
-    small = oracle.tsvm([d[:40, :30] for d in found], [15, 15])
-    assert oracle.error((left[0] / size @ right[0].T).numpy(), small) <= 1e-6
 
 
 def test_float32_deltas_near_the_top_of_their_range_merge() -> None:
@@ -551,31 +546,3 @@ def test_the_accuracy_table_holds_the_contract(kind: str) -> None:
         assert row["error"] <= row["contract"] or row["mode"] == "textbook", row
         if row["mode"].startswith("fast"):
             assert row["retention_moved"] <= 1e-2
-
-
-# Batches
-
-
-@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (12, 12)])
-def test_a_batch_equals_its_weights_merged_singly(shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    kinds = ["noise", "power", "lora", "steep", "noise"]
-    found = [[oracle.make_delta(k, *shape, rng) for _ in range(3)] for k in kinds]
-    found[4] = [np.zeros(shape, np.float32), found[0][0], found[0][0]]
-    weights = torch.from_numpy(rng.uniform(0.5, 1.5, (len(kinds), 3)))
-    deltas = torch.from_numpy(np.array(found))
-    rank = min(shape) // 3
-    left, right = Solver().merge_batch(deltas, rank, weights)
-    for b, members in enumerate(found):
-        expected = oracle.tsvm(members, [rank] * 3, weights[b].tolist())
-        assert oracle.error((left[b] @ right[b].T).numpy(), expected) <= 1e-6
-
-
-def test_batches_merge_steep_weights_singly() -> None:
-    rng = np.random.default_rng(0)
-    deltas = torch.from_numpy(np.array([[oracle.make_delta("steep", 80, 80, rng)] * 1] * 2))
-    _, _, doubtful = merge_batch(deltas, 25, torch.ones(2, 1, dtype=torch.float64))
-    assert doubtful.all()
-    left, right = Solver().merge_batch(deltas, 25)
-    expected = oracle.tsvm([deltas[0, 0].numpy()], [25])
-    assert oracle.error((left[0] @ right[0].T).numpy(), expected) <= 1e-6

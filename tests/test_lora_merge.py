@@ -115,7 +115,8 @@ def test_conv1d_and_stored_orientation(tmp_path: Path) -> None:
     for name, experts in (("out", adapters), ("expected", wholes)):
         resm_kernels.merge(base, experts, tmp_path / name, "tsvm", out_dtype="float64")
     found, expected = model(tmp_path / "out"), model(tmp_path / "expected")
-    assert all(torch.allclose(found[n], expected[n], rtol=0, atol=1e-6) for n in expected)
+    # One ulp of float32 beside: the whole weights go through a batch, the factors do not.
+    assert all(torch.allclose(found[n], expected[n], rtol=2**-22, atol=1e-6) for n in expected)
 
 
 def test_tied_tables_stored_twice_stay_tied(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import resm_kernels
 from resm_kernels.cli import main
+from resm_kernels.linalg.cusolver import SOLVERS
 from resm_kernels.methods import METHODS
 from tests.checkpoints import save_family
 
@@ -88,7 +89,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["available_memory_bytes"] > 0
     assert set(found["runs_on"]) == {"merging", "factorisations", "element-wise operations"}
     assert main(["doctor"]) == 0
-    assert "cuSOLVER extension" in capsys.readouterr().out
+    assert set(found["cusolver"]["solvers"]) == set(SOLVERS)
+    if not found["cuda_devices"]:
+        assert all("not available: " in why for why in found["cusolver"]["solvers"].values())
+    assert "cuSOLVER" in capsys.readouterr().out
 
 
 def test_methods_lists_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,9 @@ def test_parts_merge_as_matrices_of_their_own(method: str, tmp_path: Path) -> No
     for name, places in PARTS.items():
         for place in places:
             alone = merge_tensors(start[name][place], [e[name][place] for e in changed], method)
-            assert torch.equal(out[name][place], alone), (name, place)
+            differ = (out[name][place] != alone).float().mean()
+            assert differ <= (0.0 if method.startswith("iso") else 0.01), (name, place)
+            assert torch.allclose(out[name][place], alone, rtol=2**-7)
     result = report.tensors[QKV]
     assert (result.rule, result.matrices) == (method, "q, k, v")
     assert report.tensors[STACK].matrices == "3 experts"
@@ -141,7 +143,7 @@ def test_a_sweep_shares_the_findings_of_every_part(
 
     monkeypatch.setattr(Solver, "subspaces", counted)
     resm_kernels.sweep(base, experts, tmp_path / "out", lambdas=[0.5, 1.0])
-    assert calls == 3 + 2 + 3
+    assert calls == 1  # the queries; other parts have equals and are factored with these
     for value in ("0.5", "1"):
         alone = (tmp_path / value / "model.safetensors").read_bytes()
         assert (tmp_path / "out" / f"lambda-{value}" / "model.safetensors").read_bytes() == alone

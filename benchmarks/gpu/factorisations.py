@@ -174,9 +174,6 @@ def time_pieces(suite: Suite, sizes: Sequence[int]) -> None:
     """What the routes are made of, and what they could be made of."""
     for n in sizes:
         time_pieces_of(suite, n)
-    for name in ("Xgesvdp", "Xpolar"):
-        with suite.case("pieces", name):
-            raise Unavailable("needs the cuSOLVER extension")
 
 
 def time_pieces_of(suite: Suite, n: int) -> None:

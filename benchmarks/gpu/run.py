@@ -1,9 +1,10 @@
-"""GPU tests, every kernel and every factorisation, each in a process, in one budget.
+"""GPU tests, kernels, factorisations and cuSOLVER's solvers, each in a process, in one budget.
 
     python -m benchmarks.gpu.run --out DIR [--device cpu --quick] [--budget SECONDS]
 
-Writes `DIR/gpu.json` before and after every case, and what the tests print to `DIR/gpu_tests.log`.
-Exit code 1 if a test, a kernel or the accuracy contract failed.
+Writes to DIR: `gpu.json` before and after every case, what tests and compute-sanitizer print
+(`gpu_tests.log`, `sanitizer.log`), and the crossover table that the rows propose
+(`crossover.json`). Exit code 1 if a test, a kernel, the accuracy contract or the sanitizer failed.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import factorisations, kernels
-from benchmarks.gpu.suite import Suite
+from benchmarks.gpu import crossover, factorisations, kernels
+from benchmarks.gpu.suite import Suite, TooLong, Unavailable, Wrong
+from resm_kernels.linalg import cusolver
 
 TESTS = ("tests/test_gpu.py", "tests/test_gpu_kernels.py")
-TESTS_SECONDS, KERNELS_SECONDS, BUDGET, GRACE = 150.0, 120.0, 490.0, 20.0
+TESTS_SECONDS, KERNELS_SECONDS, BUDGET, GRACE = 150.0, 120.0, 500.0, 20.0
 """For the tests, for the kernels, which get what the tests leave, for everything; and how much
 longer a process may take than it was given."""
+CROSSOVER_SECONDS, SANITIZER_SECONDS = 80.0, 40.0
+"""Kept for the solvers and for compute-sanitizer at the end; the factorisations get the rest."""
+PARTS = {"kernels": kernels, "factorisations": factorisations, "crossover": crossover}
+FOUND = 9
+"""compute-sanitizer's exit code where it found an error."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -74,16 +83,50 @@ def run_part(suite: Suite, part: str, given: argparse.Namespace, seconds: float)
             row |= {"status": "error", "note": f"exit code {code}"}
 
 
+def run_sanitizer(suite: Suite, given: argparse.Namespace, seconds: float) -> None:
+    """A small run of every solver of the extension under compute-sanitizer, where it is there."""
+    log = suite.folder / "sanitizer.log"
+    with suite.case("sanitizer", "memcheck") as row, open(log, "w") as file:
+        if all(cusolver.available().values()):
+            raise Unavailable("no solver of the cuSOLVER extension")
+        tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+        if tool is None:
+            raise Unavailable("no compute-sanitizer")
+        if seconds < SANITIZER_SECONDS / 2:
+            raise TooLong(f"{seconds:.0f} s left")
+        with tempfile.TemporaryDirectory() as folder:
+            command = [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
+            command += [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu.run",
+                "--only",
+                "crossover",
+                "--quick",
+            ]
+            command += ["--append", "--out", folder, "--device", given.device]
+            Suite(Path(folder), suite.device).save()
+            try:
+                done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=seconds)
+            except subprocess.TimeoutExpired:
+                raise TooLong(f"not done within {seconds:.0f} s") from None
+        row["note"] = next((x for x in reversed(log.read_text().splitlines()) if x.strip()), "")
+        if done.returncode == FOUND:
+            raise Wrong(row["note"])
+        if done.returncode:
+            raise Unavailable(f"exit code {done.returncode}: {row['note']}")
+
+
 def print_tests(suite: Suite) -> None:
     for row in suite.rows:
-        if row["part"] in ("tests", "suite"):
+        if row["part"] in ("tests", "suite", "sanitizer"):
             print(f"{row['name']}: {row['status']}, {row.get('note', '').strip('= ')}")
             print(*row.get("failed", ()), sep="\n", end="")
 
 
 def failed(suite: Suite) -> bool:
     """Whether anything that has to hold did not."""
-    parts = ("tests", "suite", "roofs", "kernels", "correctness")
+    parts = ("tests", "suite", "roofs", "kernels", "correctness", "sanitizer")
     return any(row["part"] in parts and row["status"] in ("fail", "error") for row in suite.rows)
 
 
@@ -96,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes, to try the suite out")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
-    parser.add_argument("--only", choices=("kernels", "factorisations"))
+    parser.add_argument("--only", choices=tuple(PARTS))
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--append", action="store_true", help="one part, to the rows in DIR")
     given = parser.parse_args(arguments)
@@ -112,16 +155,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.skip_tests:
             run_tests(suite, min(TESTS_SECONDS, given.budget))
         tests = 0.0 if given.skip_tests else TESTS_SECONDS
-        for part in (given.only,) if given.only else ("kernels", "factorisations"):
+        for part in (given.only,) if given.only else PARTS:
             seconds = given.budget - suite.elapsed
             if part == "kernels" and not given.only:
                 seconds = min(seconds, tests + KERNELS_SECONDS - suite.elapsed)
+            elif not given.only:
+                kept = CROSSOVER_SECONDS if part == "factorisations" else 0.0
+                seconds -= SANITIZER_SECONDS + kept
             run_part(suite, part, given, max(seconds, 0.0))
+        if not given.only:
+            run_sanitizer(suite, given, given.budget - suite.elapsed)
     finally:
         suite.save()
-        for show in (kernels.print_table, factorisations.print_table):
+        for shown in PARTS.values():
             with contextlib.suppress(Exception):
-                show(suite.rows)
+                shown.print_table(suite.rows)
         print_tests(suite)
     return int(failed(suite))
 
@@ -131,9 +179,8 @@ def measure(suite: Suite, given: argparse.Namespace) -> None:
     if given.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel imports triton
     torch.set_float32_matmul_precision("highest")
-    part = {"kernels": kernels, "factorisations": factorisations}[given.only]
     try:
-        part.measure(suite, given.budget - suite.elapsed, given.quick)
+        PARTS[given.only].measure(suite, given.budget - suite.elapsed, given.quick)
     except Exception as error:
         traceback.print_exc()
         with suite.case("suite", given.only):

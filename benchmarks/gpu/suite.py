@@ -39,7 +39,7 @@ class Suite:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device, self.rows = folder, device, list[Row]()
         self._start, self._ends = time.perf_counter(), dict[str, float]()
-        self._about, self.pace = describe(device), dict[str, float]()
+        self.about, self.pace = describe(device), dict[str, float]()
 
     @property
     def elapsed(self) -> float:
@@ -94,7 +94,7 @@ class Suite:
     def save(self) -> None:
         """Write everything so far; the file is whole at any time."""
         file = self.folder / "gpu.json"
-        content = {**self._about, "seconds": self.elapsed, "rows": self.rows}
+        content = {**self.about, "seconds": self.elapsed, "rows": self.rows}
         beside = file.with_suffix(".partial")
         beside.write_text(json.dumps(content, indent=1))
         beside.replace(file)

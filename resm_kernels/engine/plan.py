@@ -28,14 +28,16 @@ from resm_kernels.engine.matching import FactorSource, Matching, Source
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.errors import PlanError, UsageError
+from resm_kernels.linalg.dispatch import identity as solver_identity
 from resm_kernels.methods import Method, Split, split_of
 from resm_kernels.methods.arithmetic import chunk_workspace
+from resm_kernels.methods.matrices import matrix_shapes
 from resm_kernels.ops.launch import architecture, triton_version
 from resm_kernels.recipe import Recipe, holds, layer_positions
 
 LOG = logging.getLogger(__name__)
 
-NUMERICS = 4
+NUMERICS = 5
 """Raised whenever the same plan would give other bytes."""
 PREFETCH = 2
 """Weights read ahead of the workers."""
@@ -430,6 +432,7 @@ def _plan(
         "scipy": importlib.metadata.version("scipy"),
         "device": device.type,
         "triton": triton_version() if device.type == "cuda" else None,
+        "solvers": solver_identity(device),
         "threads": options.threads,
         "recipe": recipe.to_dict(),
         "arithmetic": torch.backends.cpu.get_cpu_capability()
@@ -533,7 +536,7 @@ def _workspace(
     if not experts:
         return chunk_workspace(shape, 0, 8, settings, device)
     itemsize = 8 if any(source.wide for source in sources) else 4
-    shapes = {part.shape for part in split.parts} if split else {shape}
+    shapes = matrix_shapes(split, shape) if split else {shape: (0,)}
     ranks = [
         source.pair.rank if isinstance(source, FactorSource) else 0
         for source in sources[1:]
@@ -548,7 +551,9 @@ def _workspace(
         workspace = chunk_workspace(shape, experts, 8, settings, device)
     else:
         workspace = max(
-            method.workspace(part, experts, itemsize, settings, device) for part in shapes
+            method.workspace(part, experts, itemsize, settings, device)
+            + method.batch(part, len(equal), experts, itemsize, settings, device).workspace
+            for part, equal in shapes.items()
         )
     if split:  # parts that are not views of their tensors
         workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))

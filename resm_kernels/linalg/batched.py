@@ -2,68 +2,141 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from resm_kernels.linalg import dispatch
 from resm_kernels.linalg.polar import NULL, PANEL_RANGE
-from resm_kernels.linalg.subspace import GRAM_RANGE, rank_tolerance
+from resm_kernels.linalg.spectral import SpectralMerge
+from resm_kernels.linalg.subspace import GRAM_RANGE, Subspace, rank_tolerance
 
 
-def merge_batch(
-    deltas: torch.Tensor, rank: int, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Merge B weights of T experts each as TSV-M does, every step one batched call.
+@dataclass(frozen=True)
+class SubspaceBatch:
+    """The leading singular triplets of T deltas of each of B weights, float64.
+
+    Attributes
+    ----------
+    left, values, right : Tensor, B x T x m x r, B x T x r and B x T x n x r
+        Zero past a delta's own rank.
+    ranks, numerical_ranks : list of B lists of T int
+        Triplets kept, and the rank of each delta by `numerical_rank`.
+    doubtful : list of B bool
+        Weights whose spectrum spans more than a float64 Gram matrix holds: merge these singly.
+    """
+
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+    ranks: list[list[int]]
+    numerical_ranks: list[list[int]]
+    doubtful: list[bool]
+
+    def subspaces(self, b: int) -> list[Subspace]:
+        """Those of one weight, views of the batch."""
+        return [
+            Subspace(
+                self.left[b, t, :, :rank],
+                self.values[b, t, :rank],
+                self.right[b, t, :, :rank],
+                known,
+                "gram-batched",
+            )
+            for t, (rank, known) in enumerate(
+                zip(self.ranks[b], self.numerical_ranks[b], strict=True)
+            )
+        ]
+
+
+def leading_subspaces_batch(
+    deltas: torch.Tensor, ranks: torch.Tensor, *, energy: float | None = None
+) -> SubspaceBatch:
+    """`leading_subspaces` of B x T deltas by Gram matrices, every step one batched call.
 
     Parameters
     ----------
     deltas : Tensor, B x T x m x n
         Finite, any float dtype.
-    rank : int
-        The most triplets to keep per expert; each delta is clamped to its own numerical rank.
-    weights : Tensor, B x T
-        Multiply each expert's singular values.
-
-    Returns
-    -------
-    left, right : Tensor, B x m x K and B x n x K, float64
-        K = T * rank; columns past the ranks are zero. M_b = left_b @ right_b.T.
-    doubtful : Tensor, B, bool
-        Weights whose spectrum spans more than a float64 Gram matrix holds: merge these singly.
+    ranks : Tensor, B x T, int64, on the CPU
+        The most triplets to keep of each.
+    energy : float, optional
+        As in `leading_subspaces`.
 
     Notes
     -----
-    The mathematics and accuracy of `exact`: float64 throughout, about 3e-7.
+    The mathematics and accuracy of `exact`, in other orders of summation: the bytes differ from
+    those of one delta at a time.
     """
-    count, experts, rows, columns = deltas.shape
+    rows, columns = deltas.shape[-2:]
     if columns > rows:
-        right, left, doubtful = merge_batch(deltas.mT, rank, weights)
-        return left, right, doubtful
-    rank = min(rank, columns)
-    wide, weights = deltas.to(torch.float64), weights.to(deltas.device, torch.float64)
-    exponents = torch.frexp(wide.abs().amax(dim=(1, 2, 3))).exponent
+        found = leading_subspaces_batch(deltas.mT, ranks, energy=energy)
+        return SubspaceBatch(
+            found.right, found.values, found.left,
+            found.ranks, found.numerical_ranks, found.doubtful,
+        )  # fmt: skip
+    most = min(columns, int(ranks.max()))
+    wide = deltas.to(torch.float64)
+    exponents = torch.frexp(wide.abs().amax(dim=(-2, -1), keepdim=True)).exponent
     wide = _times_powers_of_two(wide, -exponents)  # squares stay inside float64's range
-    squares, vectors = torch.linalg.eigh(wide.mT @ wide)
-    squares = squares[..., columns - rank :].flip(-1).clamp(min=0.0)  # [B, T, rank]
-    vectors = vectors[..., columns - rank :].flip(-1)
+    squares, vectors = dispatch.eigh(wide.mT @ wide, overwrite=True)
+    squares, vectors = squares.flip(-1).clamp(min=0.0), vectors[..., columns - most :].flip(-1)
     values = squares.sqrt()
-    largest = values[..., :1]
-    kept = values > rank_tolerance(rows) * largest
-    doubtful = (kept & (squares < GRAM_RANGE * largest.square())).flatten(1).any(dim=1)
-    inverse = torch.where(kept, values.reciprocal(), 0.0)
-    left_bases = (wide @ vectors) * inverse[..., None, :]
-    right_bases = vectors * kept[..., None, :]
+    known = (values > rank_tolerance(rows) * values[..., :1]).sum(-1)
+    kept = torch.minimum(known, ranks.clamp(max=most).to(known.device))
+    if energy is not None:
+        share = squares[..., :most].cumsum(-1) / squares.sum(-1, keepdim=True)
+        kept = torch.minimum(kept, (share < energy).sum(-1) + 1)
+    inside = torch.arange(most, device=kept.device) < kept[..., None]  # [B, T, most]
+    values = values[..., :most] * inside
+    vectors *= inside[..., None, :]
+    left = (wide @ vectors) * torch.where(inside, values, 1.0).reciprocal()[..., None, :]
+    faint = inside & (squares[..., :most] < GRAM_RANGE * squares[..., :1])
+    return SubspaceBatch(
+        left=left,
+        values=_times_powers_of_two(values, exponents[..., 0]),
+        right=vectors,
+        ranks=kept.tolist(),
+        numerical_ranks=known.tolist(),
+        doubtful=faint.flatten(1).any(1).tolist(),
+    )
 
-    scale = (values * weights[..., None]).reshape(count, experts * rank)
-    left, left_doubtful = _polar_factors(_side_by_side(left_bases))
-    right, right_doubtful = _polar_factors(_side_by_side(right_bases))
-    left = _times_powers_of_two(left * scale[:, None, :], exponents)
-    return left, right, doubtful | left_doubtful | right_doubtful
+
+def spectral_merge_batch(batch: SubspaceBatch, weights: torch.Tensor) -> list[SpectralMerge | None]:
+    """`spectral_merge` of every weight in float64; None where it has to be merged singly.
+
+    Parameters
+    ----------
+    weights : Tensor, B x T, float64
+        Multiply each delta's singular values.
+    """
+    scale = (batch.values * weights.to(batch.values.device)[..., None]).flatten(1)
+    left, left_range, left_doubtful = _polar_factors(_side_by_side(batch.left))
+    right, right_range, right_doubtful = _polar_factors(_side_by_side(batch.right))
+    # As in `spectral_merge`, the size goes in half on either side.
+    halves = torch.frexp(scale.abs().amax(dim=1)).exponent // 2
+    left *= _times_powers_of_two(scale, -halves[:, None])[:, None, :]
+    right = _times_powers_of_two(right, halves[:, None, None])
+    doubtful = (left_doubtful | right_doubtful).tolist()
+    in_range = (left_range + right_range).tolist()
+    return [
+        None
+        if batch.doubtful[b] or doubtful[b]
+        else SpectralMerge(
+            left[b],
+            right[b],
+            2 * sum(batch.ranks[b]) - in_range[b],
+            ("gram-batched", "polar-batched"),
+        )
+        for b in range(len(doubtful))
+    ]
 
 
 def _times_powers_of_two(stack: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     """Every item times its own power of two, in two factors that float64 holds."""
     half = exponents // 2
     for power in (half, exponents - half):
-        stack = stack * torch.exp2(power.to(stack.dtype)).view(-1, *[1] * (stack.ndim - 1))
+        stack = stack * torch.exp2(power.to(stack.dtype))
     return stack
 
 
@@ -73,11 +146,12 @@ def _side_by_side(bases: torch.Tensor) -> torch.Tensor:
     return bases.permute(0, 2, 1, 3).reshape(count, rows, experts * rank)
 
 
-def _polar_factors(panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """polar(U) on the range of every panel, and which panels are too ill-conditioned for it."""
-    values, vectors = torch.linalg.eigh(panels.mT @ panels)
+def _polar_factors(panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """polar(U) on the range of every panel, the range's dimension, and whether it is doubtful."""
+    values, vectors = dispatch.eigh(panels.mT @ panels, overwrite=True)
     largest = values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny)
     in_range = values > NULL * NULL * largest
     doubtful = (in_range & (values < PANEL_RANGE * largest)).any(dim=1)
     scale = torch.where(in_range, values, 1.0).rsqrt() * in_range
-    return panels @ ((vectors * scale[:, None, :]) @ vectors.mT), doubtful
+    factor = panels @ ((vectors * scale[:, None, :]) @ vectors.mT)
+    return factor, in_range.sum(dim=1), doubtful

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from resm_kernels.errors import NumericsError
+from resm_kernels.linalg import dispatch
 from resm_kernels.linalg.lapack import Tridiagonal
 from resm_kernels.linalg.projector import leading_eigenspace
 from resm_kernels.linalg.tridiagonal import twisted_vectors
@@ -36,7 +38,8 @@ class Eigenpairs:
     values : Tensor, r to n, float64
     vectors : Tensor, n x r, float64
     backend : str
-        `partial` (sytrd, sterf, twisted factorisation), `full` (syevd) or `projector`.
+        `partial` (sytrd, sterf, twisted factorisation), `full` (syevd), `syevdx` (cuSOLVER's
+        leading part of the spectrum) or `projector`.
     fallback : str or None
         Why the route asked for was left, where it was.
     """
@@ -99,15 +102,21 @@ def leading_eigenpairs(
         values_of = (space * (matrix @ space)).sum(dim=0)
         return Eigenpairs(values_of, space, "projector")
     if not is_partial(matrix.shape[0], count, matrix.device.type):
-        return _full(matrix, count)
+        try:
+            leading = dispatch.leading_eigh(matrix, count)
+        except NumericsError as error:
+            return replace(_full(matrix, count), fallback=f"syevdx: {error.got}")
+        if leading is None:
+            return _full(matrix, count)
+        return Eigenpairs(leading[0].flip(0), leading[1].flip(1), "syevdx")
     diagonal = matrix.diagonal().clone()
     reduced = Tridiagonal(matrix.numpy())
     values = reduced.eigenvalues()[::-1]
     if floor > 0.0:
         count = min(count, int((values > floor * values[0]).sum()))
-    leading = np.ascontiguousarray(values[:count])
-    vectors = twisted_vectors(reduced.diagonal, reduced.off_diagonal, leading)
-    if not _are_eigenvectors(reduced, leading, vectors):
+    wanted = np.ascontiguousarray(values[:count])
+    vectors = twisted_vectors(reduced.diagonal, reduced.off_diagonal, wanted)
+    if not _are_eigenvectors(reduced, wanted, vectors):
         matrix.diagonal().copy_(diagonal)  # the lower triangle is as it was: syevd reads that one
         reason = "partial: eigenvalues too close for twisted factorisations"
         return replace(_full(matrix, count), fallback=reason)
@@ -122,7 +131,7 @@ def is_partial(n: int, count: int, device: str) -> bool:
 
 
 def _full(matrix: torch.Tensor, count: int) -> Eigenpairs:
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = dispatch.eigh(matrix)
     leading = vectors[:, matrix.shape[0] - count :].flip(1)
     return Eigenpairs(values.flip(0), leading, "full")
 

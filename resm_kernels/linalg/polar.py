@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from resm_kernels.linalg import dispatch
 from resm_kernels.linalg.express import orthonormalise
 
 NULL = 1e-6
@@ -115,7 +116,7 @@ class _Declined(Exception):
 
 def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     panel = torch.cat([p.to(torch.float32) for p in panels], dim=1)
-    values, vectors = torch.linalg.eigh(_cross_gram(panel, panels))
+    values, vectors = dispatch.eigh(_cross_gram(panel, panels), overwrite=True)
     sigma = values.clamp_(min=0.0).sqrt_()
     weak, weakest = (int((sigma < share * sigma[-1]).sum()) for share in (WEAK, WEAKEST))
     if weakest > panel.shape[1] // 4:
@@ -238,14 +239,14 @@ def _estimated_error(sigma: torch.Tensor, weakest: int) -> float:
 
 
 def _double(panel: torch.Tensor) -> PolarFactor:
-    values, vectors = torch.linalg.eigh(panel.T @ panel)
+    values, vectors = dispatch.eigh(panel.T @ panel, overwrite=True)
     if values.numel() == 0:
         return PolarFactor(panel, vectors, 0, "polar-fp64")
     sigma, backend, largest = values.clamp(min=0.0).sqrt_(), "polar-fp64", float(values[-1])
     reason = None
     doubtful = (values < PANEL_RANGE * largest) & (values > NULL * NULL * largest)
     if bool(doubtful.any()):
-        _, sigma, rows = torch.linalg.svd(panel, full_matrices=False)
+        _, sigma, rows = dispatch.svd(panel)
         vectors, backend = rows.T, "polar-svd"
         reason = "fp64 polar factor: singular values span more than a Gram matrix holds"
     in_range = sigma > NULL * sigma.max()

@@ -7,14 +7,15 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from resm_kernels.errors import PlanError, UsageError
-from resm_kernels.linalg.batched import merge_batch
+from resm_kernels.linalg import dispatch
+from resm_kernels.linalg.crossover import Problem
 from resm_kernels.linalg.eigen import gram, is_partial, leading_eigenpairs
 from resm_kernels.linalg.polar import SMALL, PolarBackend
 from resm_kernels.linalg.spectral import SpectralMerge, spectral_merge
@@ -23,6 +24,15 @@ from resm_kernels.linalg.subspace import Delta, Subspace, SubspaceBackend, leadi
 Mode = Literal["auto", "exact", "fast", "textbook"]
 CPU = torch.device("cpu")
 
+BATCHED_SIDE, BATCHED_ENTRIES = 128, 24576
+"""Shorter side and entries up to which a batch beats one matrix after another on a CPU: 2.9 times
+at 32 x 32, 1.6 at 64 x 64, 1.17 at 128 x 128, 1.12 at 128 x 192; it loses at 256 x 128."""
+BATCH, CACHED_ENTRIES = 16, 1 << 17
+"""The most matrices of a batch on a CPU, and of its entries per expert: more gain nothing, and
+from there on lose what the caches hold."""
+GPU_ENTRIES, GPU_MATRICES = 1 << 24, 1 << 15
+"""The most entries of a batch on a GPU, all experts together (about 0.6 GB at its peak), and the
+most matrices: cuSOLVER has refused batches of 65,536, the limit of a CUDA grid."""
 CONTRACT_SHARE = 0.75
 """Up to this share of min(m, n) / T per expert the merged delta errs by at most 1e-5."""
 CONTRACT_TOLERANCE = 5e-6
@@ -122,6 +132,22 @@ class SolverPlan:
     work: Work
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How many matrices of one shape are merged at once, and what that holds.
+
+    Attributes
+    ----------
+    size : int
+        1: one after another.
+    workspace : int
+        Peak bytes of tensors beside base, experts and output; 0 for size 1.
+    """
+
+    size: int = 1
+    workspace: int = 0
+
+
 class Solver:
     """Factor and merge the deltas of one weight after another.
 
@@ -161,6 +187,40 @@ class Solver:
             work=_work(shape, ranks, route, device),
         )
 
+    def batch(
+        self,
+        shape: Sequence[int],
+        count: int,
+        experts: int,
+        *,
+        itemsize: int = 4,
+        device: str = "cpu",
+    ) -> Batching:
+        """How to merge `count` matrices of one shape: a pure function, nothing is timed.
+
+        On a CPU by the sizes above, on a GPU where the crossover table has a batched
+        eigen-decomposition; always in float64. The textbook is left as it is published.
+        """
+        p, entries = min(shape), math.prod(shape)
+        if count < 2 or self.options.mode == "textbook" or not 1 <= experts <= p:
+            return Batching()
+        if device == "cpu":
+            gains = p <= BATCHED_SIDE and entries <= BATCHED_ENTRIES
+            most = min(BATCH, CACHED_ENTRIES // entries)
+        else:
+            problem = Problem("eigh", (p, p), "float64", batch=count * experts)
+            gains = dispatch.backend(problem, torch.device(device)) != "loop"
+            most = min(GPU_ENTRIES // entries, GPU_MATRICES) // experts
+        size = min(count, most) if gains else 1
+        if size < 2:
+            return Batching()
+        rank = p // experts
+        panels, products = sum(shape) * rank, 3 * experts * rank**2
+        factoring = max(3 * entries, entries + 2 * p * p + panels, 3 * panels + products)
+        copies = (2 * experts + 1) * itemsize * entries  # deltas, and inputs that are no views
+        one = copies + 8 * experts * factoring
+        return Batching(size, size * one)
+
     def for_itemsize(self, itemsize: int) -> Solver:
         """The solver for deltas of so many bytes per entry: float64 stays float64.
 
@@ -194,31 +254,6 @@ class Solver:
         if device.type == "cuda" and len(deltas) > 1:
             return _on_streams(factor, deltas, ranks, device)
         return [factor(make, rank) for make, rank in zip(deltas, ranks, strict=True)]
-
-    @torch.no_grad()
-    def merge_batch(
-        self, deltas: torch.Tensor, rank: int, weights: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Merge B small weights of one shape, given as B x T x m x n, in batched calls.
-
-        Returns
-        -------
-        left, right : Tensor, B x m x K and B x n x K, float64
-            K = T * rank, some columns zero. Weights that the batched route cannot hold are
-            merged singly.
-        """
-        count, experts = deltas.shape[:2]
-        if weights is None:
-            weights = deltas.new_ones(count, experts, dtype=torch.float64)
-        left, right, doubtful = merge_batch(deltas, rank, weights)
-        for b in doubtful.nonzero().flatten().tolist():
-            single = Solver(SolverOptions(mode="exact")).merge(
-                list(deltas[b]), [rank] * experts, weights[b].tolist()
-            )
-            for target, found in ((left[b], single.left), (right[b], single.right)):
-                target.zero_()
-                target[:, : found.shape[1]] = found
-        return left, right
 
     @torch.no_grad()
     def combine(self, subspaces: Sequence[Subspace], weights: Sequence[float]) -> SpectralMerge:
@@ -295,8 +330,16 @@ def _on_streams(
                 tensor.record_stream(current)
         return found
 
-    with ThreadPoolExecutor(len(deltas)) as pool:
-        return list(pool.map(work, deltas, ranks, _streams(device, len(deltas))))
+    pool, streams = _threads(len(deltas)), _streams(device, len(deltas))
+    found = [pool.submit(work, *given) for given in zip(deltas, ranks, streams, strict=True)]
+    wait(found)
+    return [future.result() for future in found]
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """The same threads every time: each keeps cuSOLVER handles and their workspace."""
+    return ThreadPoolExecutor(count)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from resm_kernels.linalg import dispatch
 from resm_kernels.linalg.eigen import ROWS, gram, leading_eigenpairs
 
 SAFE_EXPONENT = 200
@@ -54,8 +55,8 @@ class Subspace:
     numerical_rank : int
         Rank of the matrix by `numerical_rank`, as far as it was looked for; r never passes it.
     backend : str
-        `gram-full`, `gram-partial` or `gram-projector` (how the eigenvectors of the Gram matrix
-        were found), `svd`, `textbook` or `factored`.
+        `gram-full`, `gram-partial`, `gram-syevdx`, `gram-projector` or `gram-batched` (how the
+        eigenvectors of the Gram matrix were found), `svd`, `textbook` or `factored`.
     fallback : str or None
         Why the route asked for was left, where it was.
     """
@@ -172,8 +173,10 @@ def leading_subspaces(
 def _by_svd(
     delta: torch.Tensor, rank: int, energy: float | None, backend: SubspaceBackend
 ) -> Subspace:
-    dtype = torch.float32 if backend == "textbook" else torch.float64
-    left, values, right = torch.linalg.svd(delta.to(dtype), full_matrices=False)
+    if backend == "textbook":
+        left, values, right = torch.linalg.svd(delta.to(torch.float32), full_matrices=False)
+    else:
+        left, values, right = dispatch.svd(delta.to(torch.float64))
     known = numerical_rank(values, max(delta.shape))
     squares = values.square()
     kept = _kept(squares, float(squares.sum()), min(rank, known), energy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from statistics import fmean
@@ -16,7 +16,7 @@ from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_del
 from resm_kernels.methods.averaging import MODEL_STOCK, PASSTHROUGH, SLERP
 from resm_kernels.methods.base import Merged, Method, Option, matches
 from resm_kernels.methods.inputs import Inputs
-from resm_kernels.methods.matrices import Split, split_declines, split_rule
+from resm_kernels.methods.matrices import Split, matrix_shapes, split_declines, split_rule
 from resm_kernels.methods.sparsifying import SPARSIFYING
 from resm_kernels.methods.spectral import ISO_C, ISO_CTS, RESM, TSVM
 from resm_kernels.ops.dtypes import full_float32
@@ -172,14 +172,24 @@ def _merge_parts(
     split: Split,
 ) -> Merged:
     out = torch.empty(inputs.base.shape, dtype=out_dtype, device=inputs.base.device)
-    found: list[Merged] = []
+    merges: dict[int, Merged] = {}
+
+    def merge_batch(indices: tuple[int, ...]) -> None:
+        parts = [inputs.part(split.parts[i]) for i in indices]
+        if len(parts) > 1:
+            method.prepare(parts, weights, options)
+        for i, part in zip(indices, parts, strict=True):
+            merged = _merge_one(method, part, weights, options, out_dtype)
+            split.parts[i].put(out, merged.tensor)
+            merges[i] = replace(merged, tensor=merged.tensor.new_empty(0))
+
+    for indices in _batches(method, inputs, len(weights), options, split):
+        merge_batch(indices)
+    found = [merges[i] for i in range(len(split.parts))]
     notes: dict[str, list[str]] = {}
-    for part in split.parts:
-        merged = _merge_one(method, inputs.part(part), weights, options, out_dtype)
-        part.put(out, merged.tensor)
-        found.append(replace(merged, tensor=merged.tensor.new_empty(0)))
+    for part_of, merged in zip(split.parts, found, strict=True):
         for note in merged.notes:
-            notes.setdefault(note, []).append(part.name)
+            notes.setdefault(note, []).append(part_of.name)
     sparsity = [m.sparsity for m in found if m.sparsity is not None]
     interference = [m.interference for m in found if m.interference is not None]
     overlaps = [m.overlaps for m in found if m.overlaps]
@@ -197,6 +207,19 @@ def _merge_parts(
         overlaps=tuple(map(fmean, zip(*overlaps, strict=True))),
         spectra=tuple(torch.cat(s).sort(descending=True)[0] for s in zip(*spectra, strict=True)),
     )
+
+
+def _batches(
+    method: Method[Any], inputs: Inputs, experts: int, options: Any, split: Split
+) -> Iterator[tuple[int, ...]]:
+    """The indices of the parts, in batches of one shape: a function of the plan alone."""
+    for shape, indices in matrix_shapes(split, inputs.base.shape).items():
+        size = 1
+        if inputs.dense and method.declines(inputs.name, shape, experts, options) is None:
+            device, itemsize = inputs.base.device.type, inputs.dtype.itemsize
+            size = method.batch(shape, len(indices), experts, itemsize, options, device).size
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from resm_kernels.errors import UsageError
+from resm_kernels.linalg import Batching
 from resm_kernels.methods.inputs import Inputs
 
 LARGEST = 1e30
@@ -171,6 +172,11 @@ class Method(Generic[OptionsT]):
     factored_workspace : callable
         (shape, ranks, itemsize, options) -> the same where every expert is given as factors of
         these ranks; None where `workspace` holds.
+    batch : callable
+        (shape, matrices, experts, itemsize, options, device type) -> Batching: how many of the
+        equal matrices of one tensor `prepare` takes at once, and what it holds beside `workspace`.
+    prepare : callable
+        (matrices, weights, options) -> None: finds out together what `merge` needs of each.
     uses_base : bool
         Whether the base's values enter the result.
     validate : callable
@@ -192,6 +198,12 @@ class Method(Generic[OptionsT]):
     merge: Callable[[Inputs, Sequence[float], OptionsT, torch.dtype], Merged]
     workspace: Callable[[Sequence[int], int, int, OptionsT, str], int]
     declines: Callable[[str, Sequence[int], int, OptionsT], str | None]
+    batch: Callable[[Sequence[int], int, int, int, OptionsT, str], Batching] = (
+        lambda shape, matrices, experts, itemsize, options, device: Batching()
+    )
+    prepare: Callable[[Sequence[Inputs], Sequence[float], OptionsT], None] = (
+        lambda matrices, weights, options: None
+    )
     uses_base: bool = True
     validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None
     factored_workspace: Callable[[Sequence[int], Sequence[int], int, OptionsT], int | None] = (

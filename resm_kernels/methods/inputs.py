@@ -86,6 +86,11 @@ class Inputs:
         return any(isinstance(expert, FactoredDelta) for expert in self.experts)
 
     @property
+    def dense(self) -> bool:
+        """Whether every expert is a whole weight of its own."""
+        return all(e is not self.base and isinstance(e, torch.Tensor) for e in self.experts)
+
+    @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Base, whole experts and factors."""
         factors = [

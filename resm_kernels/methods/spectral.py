@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from resm_kernels.linalg import (
+    Batching,
     FactoredDelta,
     Solver,
     SolverOptions,
     SpectralMerge,
+    SubspaceBatch,
     equalise,
     leading_subspaces,
+    leading_subspaces_batch,
+    spectral_merge_batch,
     subspace_overlap,
 )
 from resm_kernels.linalg.subspace import Delta, rank_tolerance
@@ -58,6 +62,9 @@ class TruncatingOptions(SpectralOptions):
         "auto: within the accuracy contract; exact: float64; fast: to 1e-2, gains on a GPU; "
         "textbook: float32 SVDs as published",
     )
+
+
+OptionsT = TypeVar("OptionsT", bound=TruncatingOptions)
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,20 @@ def common_space_workspace(
     return equalising_workspace(shape, experts, itemsize, options, device) + held
 
 
+def spectral_batch(
+    shape: Sequence[int],
+    matrices: int,
+    experts: int,
+    itemsize: int,
+    options: TruncatingOptions,
+    device: str,
+) -> Batching:
+    """How many of the equal matrices of a tensor TSV-M and RESM factor at once."""
+    solver = _solver(options, itemsize)
+    found = solver.batch(shape, matrices, experts, itemsize=itemsize, device=device)
+    return replace(found, workspace=int(SLACK * found.workspace))
+
+
 def factored_workspace(
     shape: Sequence[int], ranks: Sequence[int], itemsize: int, options: SpectralOptions
 ) -> int | None:
@@ -159,31 +180,61 @@ def _panels(shape: Sequence[int], itemsize: int) -> int:
     return 3 * itemsize * min(PANEL, shape[0] * shape[1])
 
 
+@dataclass(frozen=True)
+class _Truncation:
+    """What is kept of every delta of one matrix, by what it is weighted, what is masked before."""
+
+    ranks: tuple[int, ...]
+    weights: tuple[float, ...]
+    energy: float | None = None
+    masks: tuple[Mask, ...] | None = None
+
+    @property
+    def factors(self) -> tuple[Hashable, ...]:
+        """What the subspaces depend on."""
+        return (self.ranks, self.energy, self.masks)
+
+
+def _tsvm_truncation(
+    inputs: Inputs, weights: Sequence[float], options: TruncatingOptions
+) -> _Truncation:
+    limit = min(inputs.base.shape) // len(weights)
+    return _Truncation(_known_ranks(inputs, limit), tuple(weights))
+
+
 def _tsvm(
     inputs: Inputs, weights: Sequence[float], options: TruncatingOptions, out_dtype: torch.dtype
 ) -> Merged:
-    limit = min(inputs.base.shape) // len(weights)
-    return _merge_subspaces(
-        inputs, weights, [limit] * len(weights), options, out_dtype, rule="tsvm"
-    )
+    kept = _tsvm_truncation(inputs, weights, options)
+    return _merge_subspaces(inputs, kept, options, out_dtype, rule="tsvm")
+
+
+def _resm_choice(
+    inputs: Inputs, weights: Sequence[float], options: ResmOptions
+) -> tuple[ResmChoice, _Truncation]:
+    stats = _stats(inputs, options.sigma, options.noise_floor)
+    chosen = choose(stats, min(inputs.base.shape), weights, options)
+    masks = tuple(Mask(floor=s.floor) for s in stats) if options.mask_noise else None
+    ranks = _known_ranks(inputs, chosen.rank)
+    return chosen, _Truncation(ranks, tuple(chosen.weights), chosen.energy, masks)
+
+
+def _resm_truncation(inputs: Inputs, weights: Sequence[float], options: ResmOptions) -> _Truncation:
+    return _resm_choice(inputs, weights, options)[1]
 
 
 def _resm(
     inputs: Inputs, weights: Sequence[float], options: ResmOptions, out_dtype: torch.dtype
 ) -> Merged:
-    stats = _stats(inputs, options.sigma, options.noise_floor)
-    chosen = choose(stats, min(inputs.base.shape), weights, options)
-    merged = _merge_subspaces(
-        inputs,
-        chosen.weights,
-        [chosen.rank] * len(weights),
-        options,
-        out_dtype,
-        rule="resm",
-        energy=chosen.energy,
-        masks=tuple(Mask(floor=s.floor) for s in stats) if options.mask_noise else None,
-    )
+    chosen, kept = _resm_choice(inputs, weights, options)
+    merged = _merge_subspaces(inputs, kept, options, out_dtype, rule="resm")
     return replace(merged, outlier_scores=chosen.scores, sparsity=chosen.sparsity)
+
+
+def _known_ranks(inputs: Inputs, limit: int) -> tuple[int, ...]:
+    """`limit`, or less for the experts that are known to change fewer directions."""
+    known = map(inputs.rank, range(len(inputs.experts)))
+    return tuple(limit if rank is None else min(limit, rank) for rank in known)
 
 
 @dataclass(frozen=True)
@@ -360,31 +411,74 @@ def _outlier_score(stats: DeltaStats, kind: str) -> float:
     return stats.outlier_share
 
 
+def _prepare(
+    truncate: Callable[[Inputs, Sequence[float], OptionsT], _Truncation],
+    matrices: Sequence[Inputs],
+    weights: Sequence[float],
+    options: OptionsT,
+) -> None:
+    """Factor and combine matrices of one shape in batched calls; `merge` finds the results.
+
+    All of them even where some are known, so that the bytes do not depend on what ran before.
+    """
+    kept = [truncate(inputs, weights, options) for inputs in matrices]
+    keys = [(options.solver, k.factors) for k in kept]
+
+    def delta(inputs: Inputs, t: int, masks: tuple[Mask, ...] | None) -> torch.Tensor:
+        found = inputs.delta(t, None if masks is None else masks[t])
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def factor() -> SubspaceBatch:
+        deltas = torch.stack(
+            [
+                delta(inputs, t, k.masks)
+                for inputs, k in zip(matrices, kept, strict=True)
+                for t in range(len(weights))
+            ]
+        )
+        ranks = torch.tensor([k.ranks for k in kept])
+        stacked = deltas.view(len(matrices), len(weights), *deltas.shape[1:])
+        return leading_subspaces_batch(stacked, ranks, energy=kept[0].energy)
+
+    def combine() -> list[SpectralMerge | None]:
+        each = torch.tensor([k.weights for k in kept], dtype=torch.float64)
+        return spectral_merge_batch(batch, each)
+
+    batch = matrices[0].once("batch", tuple(keys), factor)
+    every = tuple((key, k.weights) for key, k in zip(keys, kept, strict=True))
+    merges = matrices[0].once("batch merge", every, combine)
+    for b, (inputs, merge) in enumerate(zip(matrices, merges, strict=True)):
+        if merge is not None:
+            inputs.once("subspaces", keys[b], functools.partial(batch.subspaces, b))
+            inputs.once("merge", every[b], functools.partial(_same, merge))
+
+
+def _same(merge: SpectralMerge) -> SpectralMerge:
+    return merge
+
+
 def _merge_subspaces(
     inputs: Inputs,
-    weights: Sequence[float],
-    ranks: Sequence[int],
+    kept: _Truncation,
     options: TruncatingOptions,
     out_dtype: torch.dtype,
     *,
     rule: str,
-    energy: float | None = None,
-    masks: tuple[Mask, ...] | None = None,
 ) -> Merged:
     solver = _solver(options, inputs.dtype.itemsize)
-    most = [inputs.rank(t) for t in range(len(ranks))]
-    ranks = [r if known is None else min(r, known) for r, known in zip(ranks, most, strict=True)]
+    ranks, weights, masks = kept.ranks, kept.weights, kept.masks
     deltas = [
         functools.partial(inputs.delta, t, None if masks is None else masks[t])
         for t in range(len(ranks))
     ]
-    key = (options.solver, tuple(ranks), energy, masks)
+    key = (options.solver, kept.factors)
     subspaces = inputs.once(
         "subspaces",
         key,
-        lambda: solver.subspaces(deltas, ranks, energy=energy, device=inputs.base.device),
+        lambda: solver.subspaces(deltas, ranks, energy=kept.energy, device=inputs.base.device),
     )
-    merge = inputs.once("merge", (key, tuple(weights)), lambda: solver.combine(subspaces, weights))
+    merge = inputs.once("merge", (key, weights), lambda: solver.combine(subspaces, weights))
     notes = [
         f"expert {t + 1}: rank clamped from {ranks[t]} to its numerical rank {s.rank}"
         for t, s in enumerate(subspaces)
@@ -432,6 +526,8 @@ TSVM = Method(
     options=TruncatingOptions,
     merge=_tsvm,
     workspace=spectral_workspace,
+    batch=spectral_batch,
+    prepare=functools.partial(_prepare, _tsvm_truncation),
     declines=spectral_declines,
     by_matrix=True,
     factored_workspace=factored_workspace,
@@ -446,6 +542,8 @@ RESM = Method(
     options=ResmOptions,
     merge=_resm,
     workspace=spectral_workspace,
+    batch=spectral_batch,
+    prepare=functools.partial(_prepare, _resm_truncation),
     declines=spectral_declines,
     by_matrix=True,
     factored_workspace=factored_workspace,

@@ -141,6 +141,9 @@ def doctor_table(found: Mapping[str, Any]) -> RenderableType:
         f"{d['name']} ({size(d['memory_bytes'])}, compute capability {d['capability']})"
         for d in found["cuda_devices"]
     ]
+    solvers: dict[str, list[str]] = {}
+    for name, state in found["cusolver"]["solvers"].items():
+        solvers.setdefault(state, []).append(name)
     return _facts(
         {
             "resm-kernels": found["resm_kernels"],
@@ -149,7 +152,12 @@ def doctor_table(found: Mapping[str, Any]) -> RenderableType:
             "cores": str(found["cores"]),
             "memory": f"{size(found['available_memory_bytes'])} available",
             "GPUs": "; ".join(devices) or "none",
-            "cuSOLVER extension": found["cusolver_extension"],
+            "cuSOLVER": found["cusolver"]["libraries"].get(
+                "cusolver", "none; torch.linalg instead"
+            ),
+            "cuSOLVER's solvers": "; ".join(
+                f"{', '.join(names)}: {state}" for state, names in solvers.items()
+            ),
             **{f"{part}": place for part, place in found["runs_on"].items()},
         }
     )
