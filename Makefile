@@ -43,7 +43,6 @@ kernels: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.compile
 
 # The extension and the fake cuSOLVER under AddressSanitizer and UBSan; under a minute.
-CXX ?= c++
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -O0
 sanitize: $(VENV)/dev.done
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects

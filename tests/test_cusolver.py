@@ -773,7 +773,7 @@ def test_libraries_that_are_not_there(built_fake: Fake) -> None:
         extension().Library(there, ["libc.so.6"])
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_said(built_fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     def reasons() -> set[str | None]:
         cusolver._found.cache_clear()
         assert cusolver.libraries() == {}
