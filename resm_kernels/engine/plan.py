@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -104,10 +106,15 @@ class PlannedTensor:
         """What goes into it, in order."""
         return (self.base, *self.experts) if self.reads_base else self.experts
 
+    @functools.cached_property
+    def step(self) -> Step:
+        """This tensor merged for one output alone."""
+        return Step((self,))
+
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs."""
-        return Step((self,)).read_bytes
+        return self.step.read_bytes
 
     @property
     def write_bytes(self) -> int:
@@ -117,7 +124,7 @@ class PlannedTensor:
     @property
     def memory(self) -> int:
         """Most bytes this tensor needs at once."""
-        return Step((self,)).memory
+        return self.step.memory
 
 
 @dataclass(frozen=True)
@@ -137,12 +144,12 @@ class Step:
         """What is read, each once."""
         return tuple({s.key: s for tensor in self.tensors for s in tensor.sources}.values())
 
-    @property
+    @functools.cached_property
     def read_bytes(self) -> int:
         """Bytes read from the inputs."""
         return sum(source.nbytes for source in self.sources)
 
-    @property
+    @functools.cached_property
     def held_bytes(self) -> int:
         """Bytes held from reading to writing."""
         return self.read_bytes + sum(tensor.write_bytes for tensor in self.tensors)
@@ -173,7 +180,10 @@ def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
     PlanError
         Where one weight, for all outputs, needs more memory than the budget.
     """
-    steps = tuple(map(Step, zip(*(plan.tensors for plan in plans), strict=True)))
+    if len(plans) == 1:
+        steps = tuple(tensor.step for tensor in plans[0].tensors)
+    else:
+        steps = tuple(map(Step, zip(*(plan.tensors for plan in plans), strict=True)))
     largest = max(steps, key=lambda step: step.memory)
     budget = plans[0].memory_budget
     if largest.memory > budget:
@@ -320,6 +330,23 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
 
 def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
     """Plan the merges of several recipes for the same models; as `make_plan`."""
+    with _uncollected():
+        return _make_plans(recipes, options)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the search for cycles: planning makes none, and the search took 40 % of its time."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
+
+
+def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
     bases: dict[str, Checkpoint] = {}
     opened: dict[tuple[str, str], Checkpoint | Adapter] = {}
     matchings: dict[tuple[str, ...], Matching] = {}
@@ -416,11 +443,9 @@ def _plan(
         options.shard_size,
         metadata,
     )
-    positions = layer_positions(decisions)
+    planner = _Planner(recipe, matching, options, device)
     tensors = tuple(
-        _plan_tensor(recipe, matching, options, device, positions, shard, slot)
-        for shard, layout in enumerate(layouts)
-        for slot in layout.slots
+        planner.plan(shard, slot) for shard, layout in enumerate(layouts) for slot in layout.slots
     )
     identity = {
         "numerics": NUMERICS,
@@ -457,108 +482,127 @@ def _plan(
     )
 
 
-def _plan_tensor(
-    recipe: Recipe,
-    matching: Matching,
-    options: EngineOptions,
-    device: torch.device,
-    positions: Mapping[str, float],
-    shard: int,
-    slot: Slot,
-) -> PlannedTensor:
-    reason, sources = matching.decisions[slot.name]
-    own = matching.source(matching.base, slot.name)
-    key = matching.canonical(slot.name)
-    method = recipe.method_for(key)
-    settings = recipe.options(key, positions[key])
-    weights = recipe.weights(key, positions[key])
-    aligned = slot.name in matching.tables
-    unchanged = not aligned and all(source.key == own.key for source in sources)
-    if sources and unchanged and method.keeps_base(weights, settings):
-        reason, sources = "changed by no adapter", ()
-    split: Split | None = None
-    notes: tuple[str, ...] = ()
-    if sources:
-        method.validate(weights, settings)
-        given = (key, slot.shape, len(sources), settings)
-        split, notes = split_of(method, *given, matching.base.config)
-        reason = None if split else method.declines(*given)
-    on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
-    base_counts = method.uses_base or on_base or not sources
-    return PlannedTensor(
-        rule="copy" if not sources else method.name if reason is None else "mean",
-        reason=reason,
-        method=method,
-        shard=shard,
-        split=split,
-        notes=notes,
-        slot=slot,
-        base=own,
-        experts=sources,
-        reads_base=base_counts or aligned or options.nonfinite == "warn",
-        base_counts=base_counts,
-        aligned=aligned,
-        key=key,
-        weights=weights,
-        options=settings,
-        workspace=_workspace(
-            slot.shape,
-            (own, *sources),
-            method=None if reason else method,
-            settings=settings,
+class _Planner:
+    """Plans one tensor after another; what many of them share is worked out once."""
+
+    def __init__(
+        self, recipe: Recipe, matching: Matching, options: EngineOptions, device: torch.device
+    ) -> None:
+        self._recipe = recipe
+        self._matching = matching
+        self._device = device.type
+        self._masked = options.nonfinite == "warn"
+        self._on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
+        self._positions = layer_positions(matching.decisions)
+        self._settings: dict[tuple[str, str], Any] = {}
+        self._workspaces: dict[tuple[object, ...], int] = {}
+
+    def plan(self, shard: int, slot: Slot) -> PlannedTensor:
+        """What becomes of the tensor in a slot."""
+        recipe, matching = self._recipe, self._matching
+        reason, sources = matching.decisions[slot.name]
+        own = matching.source(matching.base, slot.name)
+        key = matching.canonical(slot.name)
+        method = recipe.method_for(key)
+        settings = self._options(method, key)
+        weights = recipe.weights(key, self._positions[key])
+        aligned = slot.name in matching.tables
+        unchanged = not aligned and all(source.key == own.key for source in sources)
+        if sources and unchanged and method.keeps_base(weights, settings):
+            reason, sources = "changed by no adapter", ()
+        split: Split | None = None
+        notes: tuple[str, ...] = ()
+        if sources:
+            method.validate(weights, settings)
+            given = (key, slot.shape, len(sources), settings)
+            split, notes = split_of(method, *given, matching.base.config)
+            reason = None if split else method.declines(*given)
+        base_counts = method.uses_base or self._on_base or not sources
+        return PlannedTensor(
+            rule="copy" if not sources else method.name if reason is None else "mean",
+            reason=reason,
+            method=method,
+            shard=shard,
             split=split,
+            notes=notes,
+            slot=slot,
+            base=own,
+            experts=sources,
+            reads_base=base_counts or aligned or self._masked,
+            base_counts=base_counts,
             aligned=aligned,
-            masked=options.nonfinite == "warn",
-            device=device.type,
-        ),
-    )
-
-
-def _workspace(
-    shape: tuple[int, ...],
-    sources: Sequence[Source | FactorSource],
-    *,
-    method: Method[Any] | None,
-    settings: Any,
-    split: Split | None,
-    aligned: bool,
-    masked: bool,
-    device: str,
-) -> int:
-    """Bytes that merging one tensor may hold beyond its inputs and its output.
-
-    `sources` are the base's and the experts'; without a method they are averaged or copied.
-    """
-    experts, size = len(sources) - 1, math.prod(shape)
-    if not experts:
-        return chunk_workspace(shape, 0, 8, settings, device)
-    itemsize = 8 if any(source.wide for source in sources) else 4
-    shapes = {part.shape for part in split.parts} if split else {shape}
-    ranks = [
-        source.pair.rank if isinstance(source, FactorSource) else 0
-        for source in sources[1:]
-        if isinstance(source, FactorSource) or source.key == sources[0].key
-    ]
-    in_core = None
-    if method is not None and len(ranks) == experts:
-        in_core = method.factored_workspace(shape, ranks, itemsize, settings)
-    if in_core is not None:
-        workspace = in_core
-    elif method is None:
-        workspace = chunk_workspace(shape, experts, 8, settings, device)
-    else:
-        workspace = max(
-            method.workspace(part, experts, itemsize, settings, device) for part in shapes
+            key=key,
+            weights=weights,
+            options=settings,
+            workspace=self._workspace(
+                slot.shape, (own, *sources), None if reason else method, settings, split, aligned
+            ),
         )
-    if split:  # parts that are not views of their tensors
-        workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))
-    whole = 0 if in_core is not None else sum(isinstance(s, FactorSource) for s in sources)
-    if method is not None and method.by_matrix:
-        whole = min(whole, 1)  # for its statistics
-    workspace += (whole + (experts + 1) * aligned) * itemsize * size
-    if masked:  # copies without NaN and Inf, and where they were
-        workspace += sum(source.nbytes for source in sources) + (experts + 3) * size
-    return workspace
+
+    def _options(self, method: Method[Any], tensor: str) -> Any:
+        values = self._recipe.values(tensor, self._positions[tensor])
+        known = method.name, repr(values)  # not the values: -0.0 is 0.0 among keys
+        if known not in self._settings:
+            self._settings[known] = method.make_options(values, len(self._recipe.experts))
+        return self._settings[known]
+
+    def _workspace(
+        self,
+        shape: tuple[int, ...],
+        sources: Sequence[Source | FactorSource],
+        method: Method[Any] | None,
+        settings: Any,
+        split: Split | None,
+        aligned: bool,
+    ) -> int:
+        """Bytes that merging one tensor may hold beyond its inputs and its output.
+
+        `sources` are the base's and the experts'; without a method they are averaged or copied.
+        """
+        experts, size = len(sources) - 1, math.prod(shape)
+        if not experts:
+            return chunk_workspace(shape, 0, 8, settings, self._device)
+        itemsize = 8 if any(source.wide for source in sources) else 4
+        shapes = {part.shape for part in split.parts} if split else {shape}
+        ranks = [
+            source.pair.rank if isinstance(source, FactorSource) else 0
+            for source in sources[1:]
+            if isinstance(source, FactorSource) or source.key == sources[0].key
+        ]
+        in_core = None
+        if method is not None and len(ranks) == experts:
+            in_core = method.factored_workspace(shape, ranks, itemsize, settings)
+        if in_core is not None:
+            workspace = in_core
+        elif method is None:
+            workspace = chunk_workspace(shape, experts, 8, settings, self._device)
+        else:
+            workspace = max(
+                self._of_matrix(method, part, experts, itemsize, settings) for part in shapes
+            )
+        if split:  # parts that are not views of their tensors
+            workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))
+        whole = 0 if in_core is not None else sum(isinstance(s, FactorSource) for s in sources)
+        if method is not None and method.by_matrix:
+            whole = min(whole, 1)  # for its statistics
+        workspace += (whole + (experts + 1) * aligned) * itemsize * size
+        if self._masked:  # copies without NaN and Inf, and where they were
+            workspace += sum(source.nbytes for source in sources) + (experts + 3) * size
+        return workspace
+
+    def _of_matrix(
+        self,
+        method: Method[Any],
+        shape: tuple[int, ...],
+        experts: int,
+        itemsize: int,
+        settings: Any,
+    ) -> int:
+        known = method.name, shape, experts, itemsize, settings
+        if known not in self._workspaces:
+            given = shape, experts, itemsize, settings, self._device
+            self._workspaces[known] = method.workspace(*given)
+        return self._workspaces[known]
 
 
 def check_disk(layouts: Iterable[ShardLayout], output: Path) -> None:
