@@ -230,6 +230,14 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         action="store_true",
         help="leave out tensors of experts that the base lacks",
     )
+    how.add_argument(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="merge just the tensors whose whole name matches, such as 'model.layers.40.*' "
+        "(shell-style, as in exclude); the output is a part and no model; repeat",
+    )
     how.add_argument("--no-report", action="store_true", help="do not write resm_report.html")
     how.add_argument("--quiet", action="store_true", help="no progress")
     return what
@@ -319,7 +327,9 @@ def _execution(options: argparse.Namespace) -> dict[str, Any]:
 def _how(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `api.plan` that say how to merge."""
     names = ("device", "workers", "threads", "memory_budget", "shard_size", "nonfinite")
-    return {name: getattr(options, name) for name in (*names, "allow_missing", "allow_extra")}
+    return {
+        name: getattr(options, name) for name in (*names, "allow_missing", "allow_extra", "only")
+    }
 
 
 def _what(options: argparse.Namespace) -> dict[str, Any]:
@@ -394,8 +404,11 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(asdict(found))
         return 0
+    held = f"{found.tensors} tensors"
+    if found.part_of is not None:
+        held = f"part of a merge ({found.tensors} of {found.part_of} tensors)"
     print(
-        f"{found.path}: {found.files} files, {found.tensors} tensors, {found.total_bytes:,} bytes: "
+        f"{found.path}: {found.files} files, {held}, {found.total_bytes:,} bytes: "
         "every byte as it was written"
     )
     if found.unlisted:

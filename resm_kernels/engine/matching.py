@@ -127,6 +127,11 @@ class Matching:
         tied = self._ties[id(self.base)].get(name, ())
         return min([name, *(other for other in tied if other in self.base.tensors)])
 
+    @functools.cached_property
+    def keys(self) -> frozenset[str]:
+        """The canonical names of all tensors."""
+        return frozenset(map(self.canonical, self.decisions))
+
     def source(self, checkpoint: Checkpoint, name: str) -> Source:
         """An input tensor with its file."""
         return Source(self._home[id(checkpoint)][name], checkpoint.tensors[name])

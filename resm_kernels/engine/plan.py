@@ -7,11 +7,14 @@ import functools
 import gc
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +26,7 @@ from resm_kernels.checkpoint.files import canonical_json
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo
 from resm_kernels.checkpoint.lora import Adapter, open_model
+from resm_kernels.checkpoint.manifest import PART, Part
 from resm_kernels.checkpoint.reader import open_checkpoint
 from resm_kernels.checkpoint.vocabulary import Alignment, align, differences
 from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
@@ -41,6 +45,8 @@ NUMERICS = 4
 """Raised whenever the same plan would give other bytes."""
 PREFETCH = 2
 """Weights read ahead of the workers."""
+MAX_NEAR = 5000
+"""Most names that a pattern is compared with letter by letter."""
 MARGIN = 64 << 20
 """Disk bytes kept free beside the shards, for the small files."""
 
@@ -232,6 +238,8 @@ class MergePlan:
         Where merging happens.
     workers, memory_budget : int
         Resolved engine options; they do not change the bytes.
+    part : Part or None
+        Which tensors of the whole merge these are, where `only` chose some.
     """
 
     recipe: Recipe
@@ -246,6 +254,7 @@ class MergePlan:
     device: torch.device
     workers: int
     memory_budget: int
+    part: Part | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -287,6 +296,7 @@ class MergePlan:
             "device": str(self.device),
             "workers": self.workers,
             "threads": self.options.threads,
+            "part": self.part and self.part.to_dict(),
             "rules": self.rules,
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
@@ -352,7 +362,8 @@ def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[Merge
     matchings: dict[tuple[str, ...], Matching] = {}
     device = _device(options.device)
     budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
-    plans = []
+    plans: list[MergePlan] = []
+    used: list[Matching] = []
     for recipe in recipes:
         base_name = recipe.base.text
         if base_name not in bases:
@@ -367,14 +378,15 @@ def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[Merge
             experts = [opened[key] for key in keys]
             alignment = _alignment(recipe, base, experts)
             matchings[names] = Matching(base, experts, options, alignment)
-        plans.append(_plan(recipe, matchings[names], options, device, budget))
+        used.append(matchings[names])
+        plans.append(_plan(recipe, used[-1], options, device, budget))
     plan_steps(plans)
     found = [f"{ignored}; ignored" for recipe in recipes for ignored in recipe.ignored]
-    for plan in plans:
+    for plan, matching in zip(plans, used, strict=True):
         found += [
             f"overrides: {override.filter!r} is part of no tensor's name (tied ones go by one name)"
             for override in plan.recipe.overrides
-            if not any(holds(tensor.key, override.filter) for tensor in plan.tensors)
+            if not any(holds(key, override.filter) for key in matching.keys)
         ]
     for message in dict.fromkeys(found):
         LOG.warning("recipe: %s", message)
@@ -385,7 +397,13 @@ Opened = TypeVar("Opened", Checkpoint, Checkpoint | Adapter)
 
 
 def _whole(opened: Opened) -> Opened:
-    """The model, unless its weights are quantised."""
+    """The model, unless its weights are quantised or it is a part of a merge."""
+    if isinstance(opened, Checkpoint) and any(PART in file.metadata for file in opened.files):
+        raise PlanError(
+            f"{opened.reference}: part of a merge, made with --only",
+            expected="a whole model",
+            fix="merge again without --only",
+        )
     if opened.config.get("quantization_config"):
         raise PlanError(
             f"{opened.reference}: quantised weights cannot be merged",
@@ -437,11 +455,14 @@ def _plan(
             return info.shape
         return (matching.alignment.rows, *info.shape[1:])
 
-    metadata = {a: k for a, k in base.aliases.items() if a not in base.tensors}
+    chosen = _chosen(decisions, options.only)
+    part = Part(options.only, len(chosen), len(decisions)) if options.only else None
+    metadata = {a: k for a, k in base.aliases.items() if a not in base.tensors and k in chosen}
     layouts = lay_out_shards(
-        [(n, written(base.tensors[n]), shape(base.tensors[n])) for n in decisions],
+        [(n, written(base.tensors[n]), shape(base.tensors[n])) for n in chosen],
         options.shard_size,
-        metadata,
+        metadata if part is None else {**metadata, PART: f"{part.tensors} of {part.of} tensors"},
+        stem="model" if part is None else "part",
     )
     planner = _Planner(recipe, matching, options, device)
     tensors = tuple(
@@ -466,6 +487,8 @@ def _plan(
         "vocabulary": None if matching.alignment is None else matching.alignment.digest,
         "missing": sorted(n for n, (reason, s) in decisions.items() if reason and not s),
     }
+    if part is not None:
+        identity["part"] = part.to_dict()
     return MergePlan(
         recipe=recipe,
         options=options,
@@ -479,7 +502,38 @@ def _plan(
         device=device,
         workers=options.workers or (usable_cores() if device.type == "cpu" else 1),
         memory_budget=budget,
+        part=part,
     )
+
+
+def _chosen(names: Collection[str], only: Sequence[str]) -> dict[str, None]:
+    """The names that one of the patterns matches, in order; all where there is no pattern.
+
+    Raises
+    ------
+    UsageError
+        Naming every pattern that matches nothing, and names near it.
+    """
+    if not only:
+        return dict.fromkeys(names)
+    found = {pattern: {n for n in names if fnmatchcase(n, pattern)} for pattern in only}
+    if idle := [_near(pattern, names) for pattern, some in found.items() if not some]:
+        raise UsageError(
+            "\n".join(["--only: no tensor of the base has such a name:", *idle]),
+            expected="shell-style patterns of whole names, such as 'model.layers.40.*'",
+        )
+    chosen = set().union(*found.values())
+    return {name: None for name in names if name in chosen}
+
+
+def _near(pattern: str, names: Collection[str]) -> str:
+    """A pattern that matches nothing, and what may have been meant."""
+    inside = f"*{pattern.strip('*')}*"
+    count = sum(fnmatchcase(name, inside) for name in names)
+    near = get_close_matches(pattern, itertools.islice(names, MAX_NEAR), n=1)
+    if count:
+        return f"  - {pattern!r} ({inside!r} matches {count})"
+    return f"  - {pattern!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 class _Planner:

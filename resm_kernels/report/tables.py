@@ -32,6 +32,7 @@ def plan_table(plan: MergePlan) -> RenderableType:
         by_rule.add_row(rule, Text(reason), str(count), size(read), size(written))
     totals = _facts(
         {
+            **({"part": f"{plan.part.tensors} of {plan.part.of} tensors"} if plan.part else {}),
             "read": size(plan.read_bytes),
             "written": f"{size(plan.write_bytes)} in {len(plan.layouts)} shards",
             "peak memory": f"{size(plan.peak_memory)} beside the interpreter "
@@ -65,6 +66,8 @@ def report_table(report: MergeReport) -> RenderableType:
         "time": f"{report.seconds:.1f} s ({size(int(moved))}/s read and written)",
         "peak memory": f"{size(report.peak_memory)} (planned {size(report.predicted_memory)})",
     }
+    if report.part:
+        facts["part"] = f"of {report.part['of']} tensors: no whole model"
     if report.kept_shards:
         facts["resumed"] = f"{report.kept_shards} shards were finished before"
     notes = [f"{name}: {note}" for name, found in report.notes.items() for note in found]
