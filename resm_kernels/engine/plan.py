@@ -112,6 +112,11 @@ class PlannedTensor:
         """What goes into it, in order."""
         return (self.base, *self.experts) if self.reads_base else self.experts
 
+    @property
+    def factor_ranks(self) -> list[int] | None:
+        """The ranks of the experts' changes where all are known as factors."""
+        return factor_ranks(self.base, self.experts)
+
     @functools.cached_property
     def step(self) -> Step:
         """This tensor merged for one output alone."""
@@ -536,6 +541,18 @@ def _near(pattern: str, names: Collection[str]) -> str:
     return f"  - {pattern!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
+def factor_ranks(
+    base: Source | FactorSource, experts: Sequence[Source | FactorSource]
+) -> list[int] | None:
+    """The ranks of all changes, 0 for the base itself; None where one is no product of factors."""
+    ranks = [
+        expert.pair.rank if isinstance(expert, FactorSource) else 0
+        for expert in experts
+        if isinstance(expert, FactorSource) or expert.key == base.key
+    ]
+    return ranks if len(ranks) == len(experts) else None
+
+
 class _Planner:
     """Plans one tensor after another; what many of them share is worked out once."""
 
@@ -618,13 +635,9 @@ class _Planner:
             return chunk_workspace(shape, 0, 8, settings, self._device)
         itemsize = 8 if any(source.wide for source in sources) else 4
         shapes = {part.shape for part in split.parts} if split else {shape}
-        ranks = [
-            source.pair.rank if isinstance(source, FactorSource) else 0
-            for source in sources[1:]
-            if isinstance(source, FactorSource) or source.key == sources[0].key
-        ]
+        ranks = factor_ranks(sources[0], sources[1:])
         in_core = None
-        if method is not None and len(ranks) == experts:
+        if method is not None and ranks is not None:
             in_core = method.factored_workspace(shape, ranks, itemsize, settings)
         if in_core is not None:
             workspace = in_core
@@ -659,10 +672,15 @@ class _Planner:
         return self._workspaces[known]
 
 
+def disk_space(layouts: Iterable[ShardLayout], output: Path) -> tuple[int, int]:
+    """Bytes that these shards need on the disk of `output`, and those that are free there."""
+    needed = MARGIN + sum(layout.size for layout in layouts)
+    return needed, shutil.disk_usage(output.parent).free
+
+
 def check_disk(layouts: Iterable[ShardLayout], output: Path) -> None:
     """Raise PlanError where these shards would not fit on the disk of `output`."""
-    needed = MARGIN + sum(layout.size for layout in layouts)
-    free = shutil.disk_usage(output.parent).free
+    needed, free = disk_space(layouts, output)
     if needed > free:
         raise PlanError(
             f"{output.parent}: not enough disk space for the output",

@@ -8,6 +8,8 @@ from resm_kernels.linalg.solver import (
     Solver,
     SolverOptions,
     SolverPlan,
+    Work,
+    equalising_work,
     measured_rates,
 )
 from resm_kernels.linalg.spectral import SpectralMerge, equalise, spectral_merge
@@ -24,7 +26,9 @@ __all__ = [
     "SolverPlan",
     "SpectralMerge",
     "Subspace",
+    "Work",
     "equalise",
+    "equalising_work",
     "leading_subspaces",
     "measured_rates",
     "numerical_rank",

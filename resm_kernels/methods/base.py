@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from resm_kernels.errors import UsageError
+from resm_kernels.linalg import Work
 from resm_kernels.methods.inputs import Inputs
 
 LARGEST = 1e30
@@ -171,6 +172,10 @@ class Method(Generic[OptionsT]):
     factored_workspace : callable
         (shape, ranks, itemsize, options) -> the same where every expert is given as factors of
         these ranks; None where `workspace` holds.
+    work : callable or None
+        (shape, experts, ranks, itemsize, options, device type) -> the operations of `merge`, at
+        most; `ranks` where every expert is given as factors, else None. None for methods that pass
+        over the entries: their time goes with bytes.
     uses_base : bool
         Whether the base's values enter the result.
     validate : callable
@@ -192,6 +197,9 @@ class Method(Generic[OptionsT]):
     merge: Callable[[Inputs, Sequence[float], OptionsT, torch.dtype], Merged]
     workspace: Callable[[Sequence[int], int, int, OptionsT, str], int]
     declines: Callable[[str, Sequence[int], int, OptionsT], str | None]
+    work: Callable[[Sequence[int], int, Sequence[int] | None, int, OptionsT, str], Work] | None = (
+        None
+    )
     uses_base: bool = True
     validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None
     factored_workspace: Callable[[Sequence[int], Sequence[int], int, OptionsT], int | None] = (
