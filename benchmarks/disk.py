@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -52,8 +52,11 @@ model.merge_and_unload().save_pretrained(out)
 """
 
 
-def run(command: Sequence[str], output: Path) -> Row:
-    """Run a command that makes `output`, measure it, and remove the output of an earlier run."""
+def run(command: Sequence[str], output: Path, fine: Collection[int] = (0,)) -> Row:
+    """Run a command that makes `output`, measure it, and remove the output of an earlier run.
+
+    `fine` are the exit statuses that it may have.
+    """
     shutil.rmtree(output, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     start = time.perf_counter()
@@ -65,7 +68,7 @@ def run(command: Sequence[str], output: Path) -> Row:
             time.sleep(0.01)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
-        if status:
+        if os.waitstatus_to_exitcode(status) not in fine:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)}:\n{said.read().decode()[-3000:]}")
     return {
