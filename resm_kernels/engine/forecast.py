@@ -62,7 +62,13 @@ def forecast(plans: Sequence[MergePlan], rates: Rates) -> Forecast | None:
     steps = plan_steps(plans)
     shards = [layout.size for plan in plans for layout in plan.layouts]
     read_bytes, write_bytes = sum(step.read_bytes for step in steps), sum(shards)
-    each = [step_seconds(step, rates) for step in steps]
+    known: dict[tuple[object, ...], float] = {}
+    each = []
+    for step in steps:
+        kind = tuple(map(_kind, step.tensors))
+        if kind not in known:
+            known[kind] = step_seconds(step, rates)
+        each.append(known[kind])
     workers, compute = plans[0].workers, sum(each)
     overhead = rates.tensor_seconds * len(steps) * len(plans)
     moved = ((rates.read, read_bytes), (rates.write, write_bytes), (rates.finish, write_bytes))
@@ -79,6 +85,21 @@ def forecast(plans: Sequence[MergePlan], rates: Rates) -> Forecast | None:
     )
     ends = steps[0].read_bytes * rates.read.wall + shards[-1] * rates.finish.wall
     return Forecast(read, compute, write, finish, busiest + ends)
+
+
+def _kind(tensor: PlannedTensor) -> tuple[object, ...]:
+    """What the time of a tensor depends on."""
+    ranks = tensor.factor_ranks
+    return (
+        tensor.rule,
+        tensor.method.name,
+        tensor.options,
+        tensor.slot.shape,
+        tensor.split and tuple(part.shape for part in tensor.split.parts),
+        len(tensor.experts),
+        ranks and tuple(ranks),
+        any(source.wide for source in tensor.sources),
+    )
 
 
 def step_seconds(step: Step, rates: Rates) -> float:
