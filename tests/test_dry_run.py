@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import resm_kernels
+from benchmarks.giants import GIANTS, mixture, write_family
 from resm_kernels.api import plan_sweep
 from resm_kernels.checkpoint.files import seal
 from resm_kernels.cli import main
@@ -30,7 +32,7 @@ from resm_kernels.engine.rates import (
     rates_file,
     save_rates,
 )
-from resm_kernels.errors import OutputError
+from resm_kernels.errors import OutputError, PlanError
 from resm_kernels.linalg import Work
 from tests.adapters import write_adapter
 from tests.checkpoints import SHAPES, fine_tuned, make_state, save, save_family
@@ -290,3 +292,37 @@ def test_a_full_disk_is_refused_after_the_plan(
         assert json.loads(out)["free_disk_bytes"] == 1000
     else:
         assert "67.1 MB needed, 1 kB free" in " ".join(out.split())
+
+
+def test_planning_stays_below_a_millisecond_a_tensor(tmp_path: Path) -> None:
+    """Processor time, base and three experts opened and matched; ten times as many, no dearer."""
+    costs = []
+    for count in (400, 4000):
+        models = write_family(tmp_path / str(count), mixture(1, count // 3, 8, 8, 64))
+        resm_kernels.plan(models[0], models[1:], only="model.norm.weight")
+        start = time.process_time()
+        made = resm_kernels.plan(models[0], models[1:])
+        costs.append((time.process_time() - start) / len(made.tensors))
+        assert abs(len(made.tensors) - count) < 20
+    assert max(costs) < 1e-3
+    assert costs[1] < 2 * costs[0]
+
+
+def test_giants_have_their_true_sizes() -> None:
+    sizes = {
+        name: sum(torch.Size(shape).numel() for shape in make().shapes.values())
+        for name, make in GIANTS.items()
+    }
+    assert sizes["llama-3-70b"] == 70_553_706_496
+    assert sizes["llama-3.1-405b"] == 405_853_388_800
+    assert len(GIANTS["moe-1000"]().shapes) > 40_000
+
+
+def test_a_giant_is_planned_from_holes(tmp_path: Path) -> None:
+    models = write_family(tmp_path / "giant", GIANTS["llama-3-70b"]())
+    stored = sum(512 * path.stat().st_blocks for path in tmp_path.rglob("*.safetensors"))
+    plan = resm_kernels.plan(models[0], models[1:], memory_budget="1TB")
+    assert (len(plan.tensors), len(plan.layouts)) == (723, 30)
+    assert plan.read_bytes == 4 * 2 * 70_553_706_496 > 1e5 * stored
+    with pytest.raises(PlanError, match="needs more memory than allowed"):
+        resm_kernels.plan(models[0], models[1:], memory_budget="1GB")
