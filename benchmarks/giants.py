@@ -4,8 +4,8 @@
 
 Headers, indexes, configs and file sizes are those of the whole model; the data are holes, but for
 the tensors of the windows, which are random in the base and differ in every expert. A base and
-three experts of the 405B layout are 3.2 TB long and take 4 MB of disk; the windows take 2 GB. Times are those that
-are predicted from the rates that `resm doctor --measure` kept, or that are measured now.
+three experts of the 405B layout are 3.2 TB long and take 4 MB of disk; the windows take 2 GB.
+Times are predicted from the rates that `resm doctor --measure` kept, or that are measured now.
 """
 
 from __future__ import annotations
