@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
@@ -52,20 +53,30 @@ model.merge_and_unload().save_pretrained(out)
 """
 
 
-def run(command: Sequence[str], output: Path) -> Row:
-    """Run a command that makes `output`, measure it, and remove the output of an earlier run."""
+def run(
+    command: Sequence[str],
+    output: Path,
+    fine: Collection[int] = (0,),
+    stdout: IO[bytes] | None = None,
+) -> Row:
+    """Run a command that makes `output`, measure it, and remove the output of an earlier run.
+
+    `fine` are the exit statuses that it may have; what it prints goes to `stdout`.
+    """
     shutil.rmtree(output, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     start = time.perf_counter()
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=stdout or said, stderr=said
+        )
         peak = 0
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             peak = max(peak, _resident(process.pid))
             time.sleep(0.01)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
-        if status:
+        if os.waitstatus_to_exitcode(status) not in fine:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)}:\n{said.read().decode()[-3000:]}")
     return {

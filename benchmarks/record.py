@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -30,6 +31,7 @@ def conditions(threads: int) -> Row:
         if line.startswith("model name")
     ]
     found: Row = {"commit": commit, "python": platform.python_version(), "threads": threads}
+    found["load"] = round(os.getloadavg()[0], 1)
     found |= {"cpu": models[0] if models else platform.machine(), "cores": len(models)}
     for name in ("torch", "triton", "numpy", "scipy", "fusion-bench", "peft"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -61,6 +61,7 @@ def merge(
     nonfinite: Literal["error", "warn"] = "error",
     allow_missing: bool = False,
     allow_extra: bool = False,
+    only: Sequence[str] = (),
     resume: bool = False,
     no_report: bool = False,
     progress: Progress | None = None,
@@ -87,6 +88,9 @@ def merge(
         `bfloat16`, `float16`, `float32` or `float64`; by default every tensor keeps the base's.
     device, workers, threads, memory_budget, shard_size, nonfinite, allow_missing, allow_extra
         See `EngineOptions`; sizes in bytes or as `"5GB"`.
+    only : sequence of str, optional
+        Patterns of tensor names, as in `exclude`: merge just these, to the bytes that they have in
+        the whole merge. The output is no model: no config, no tokenizer, shards named `part*`.
     resume : bool
         Go on where an interrupted run of the same plan stopped.
     no_report : bool
@@ -127,6 +131,7 @@ def merge(
         nonfinite=nonfinite,
         allow_missing=allow_missing,
         allow_extra=allow_extra,
+        only=only,
     )
     return execute(made, output, resume=resume, no_report=no_report, progress=progress)
 
@@ -300,9 +305,13 @@ def _written_files(report: MergeReport) -> dict[str, bytes]:
 
 
 def _engine(
-    memory_budget: int | str | None = None, shard_size: int | str = "5GB", **options: Any
+    memory_budget: int | str | None = None,
+    shard_size: int | str = "5GB",
+    only: str | Sequence[str] = (),
+    **options: Any,
 ) -> EngineOptions:
     return EngineOptions(
+        only=(only,) if isinstance(only, str) else tuple(only),
         memory_budget=None if memory_budget is None else parse_size(memory_budget),
         shard_size=parse_size(shard_size),
         **options,

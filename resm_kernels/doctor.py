@@ -31,6 +31,9 @@ def diagnose() -> dict[str, Any]:
     """Versions, devices, optional parts and where each part of a merge will run."""
     import torch
 
+    from resm_kernels.engine.rates import load_rates
+
+    rates = load_rates()
     devices = [
         {
             "name": torch.cuda.get_device_name(i),
@@ -46,6 +49,7 @@ def diagnose() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cores": usable_cores(),
+        "rates": rates and rates.to_dict(),
         "available_memory_bytes": available_memory(),
         "cuda_devices": devices,
         "cusolver": {

@@ -175,16 +175,19 @@ class Recipe:
 
     def options(self, tensor: str, position: float) -> Any:
         """The options of the tensor's method."""
+        values = self.values(tensor, position)
+        return self.method_for(tensor).make_options(values, len(self.experts))
+
+    def values(self, tensor: str, position: float) -> dict[str, Any]:
+        """The values of these options by name, as the recipe has them."""
         override = self._override(tensor)
-        method = METHODS[override.method]
         scopes = (override.parameters, self.parameters)
-        values = {
+        return {
             name: self._of_models(spec, override, tensor, position)
             if spec.per_model
             else self._first(scopes, spec, tensor, position)
-            for name, spec in method.specs.items()
+            for name, spec in METHODS[override.method].specs.items()
         }
-        return method.make_options(values, len(self.experts))
 
     def _override(self, tensor: str) -> Override:
         """The first that matches; one that changes nothing where none does."""

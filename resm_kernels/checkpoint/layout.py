@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ MAX_DEPTH = 64
 """Most levels of a header, index or config."""
 MAX_RANK = 32
 """Most dimensions a tensor may have."""
+LIMIT = 1 << 63
+"""Sizes and offsets stay below this."""
 INDEX_SUFFIX = ".index.json"
 
 
@@ -217,13 +220,13 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
 
 def are_sizes(values: Iterable[object]) -> bool:
     """Whether these are whole numbers that an offset can be."""
-    return all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+    return all(type(v) is int and 0 <= v < LIMIT for v in values)
 
 
 def is_shape(values: Sequence[Any]) -> bool:
     """Whether a tensor can have these sizes: strides stay below 63 bits, also beside a zero."""
     few = len(values) <= MAX_RANK and are_sizes(values)
-    return few and math.prod(size or 1 for size in values) < 1 << 63
+    return few and math.prod([size or 1 for size in values]) < LIMIT
 
 
 def read_json(path: Path, most: int = MAX_VALUES) -> Any:
@@ -244,13 +247,15 @@ def parse_json(raw: bytes, path: Path, most: int = MAX_VALUES) -> Any:
     if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > most:
         raise _bad(path, f"invalid JSON: more than {most:,} values")
 
+    escaped = b"\\u" in raw
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in result:
-                raise ValueError(f"the key {name!r} stands twice")
-            name.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
-            result[name] = value
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"the key {twice!r} stands twice")
+        if escaped:  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+            "".join(result).encode()
         return result
 
     def no_constant(word: str) -> Any:

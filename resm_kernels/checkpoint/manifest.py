@@ -16,13 +16,37 @@ from resm_kernels.checkpoint.writer import ShardLayout, weight_map
 from resm_kernels.errors import VerificationError
 
 FORMAT = 1
+PART = "resm_part"
+"""Key in the metadata of shards that hold a part of a merge."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tensors of a whole merge an output holds, where it does not hold all.
+
+    Attributes
+    ----------
+    only : tuple of str
+        The patterns that chose them.
+    tensors, of : int
+        How many it holds, and the whole merge.
+    """
+
+    only: tuple[str, ...]
+    tensors: int
+    of: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part as plain data."""
+        return {"only": list(self.only), "tensors": self.tensors, "of": self.of}
 
 
 @dataclass(frozen=True)
 class Verification:
     """What `verify_folder` found in order.
 
-    `unlisted` are files that somebody added after the merge; they are nobody's promise.
+    `unlisted` are files that somebody added after the merge; they are nobody's promise. `part_of`
+    is the number of tensors of the whole merge where the folder holds a part of it, else None.
     """
 
     path: str
@@ -31,15 +55,16 @@ class Verification:
     tensors: int
     total_bytes: int
     unlisted: tuple[str, ...]
+    part_of: int | None = None
 
 
-def index_file(layouts: Sequence[ShardLayout]) -> dict[str, bytes]:
+def index_file(layouts: Sequence[ShardLayout], stem: str = "model") -> dict[str, bytes]:
     """The index that loaders need where there are several shards."""
     if len(layouts) == 1:
         return {}
     total = sum(slot.stop - slot.start for layout in layouts for slot in layout.slots)
     index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map(layouts))}
-    return {"model.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode()}
+    return {f"{stem}.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode()}
 
 
 def build_manifest(
@@ -51,6 +76,7 @@ def build_manifest(
     shards: Mapping[str, Mapping[str, Any]],
     facts: Mapping[str, Mapping[str, Any]],
     files: Mapping[str, bytes],
+    part: Part | None = None,
 ) -> bytes:
     """Describe every file and tensor of an output; the same plan gives the same bytes."""
     listed = {
@@ -78,6 +104,8 @@ def build_manifest(
         "files": listed,
         "tensors": tensors,
     }
+    if part is not None:
+        content["part"] = part.to_dict()
     return seal(content)
 
 
@@ -132,6 +160,7 @@ def _verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> Verification:
             "\n".join([f"{folder}: does not match its manifest", *(f"  - {p}" for p in problems)])
         )
     known = {*manifest["files"], MANIFEST, REPORT, PAGE, JOURNAL}
+    part = manifest.get("part")
     unlisted = sorted(
         p.relative_to(folder).as_posix()
         for p in folder.rglob("*")
@@ -144,6 +173,7 @@ def _verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> Verification:
         tensors=len(manifest["tensors"]),
         total_bytes=total,
         unlisted=tuple(unlisted),
+        part_of=int(part["of"]) if part else None,
     )
 
 

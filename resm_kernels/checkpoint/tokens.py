@@ -15,11 +15,12 @@ from resm_kernels.checkpoint.companions import tokenizer_paths
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, read_json
 from resm_kernels.errors import CheckpointError
 
-TABLES = (
-    "*embed*", "*lm_head*", "*wte*", "*shared.weight", "*output.weight", "*shared_head.head*",
-    "*cls.predictions*", "*vocab_projector*",
+TABLE_PARTS = (
+    "embed", "lm_head", "wte", "shared_head.head", "cls.predictions", "vocab_projector"
 )  # fmt: skip
-"""Names of tensors that may have a row for each token; their length decides."""
+"""Parts of names of tensors that may have a row for each token; their length decides."""
+TABLE_ENDS = ("shared.weight", "output.weight")
+"""Ends of such names."""
 INPUTS = (
     "*embed_tokens.weight", "*wte.weight", "*shared.weight", "*word_embeddings.weight",
     "*tok_embeddings.weight", "*embed_in.weight",
@@ -99,7 +100,7 @@ def tables_of_config(checkpoint: Checkpoint) -> tuple[TensorInfo, ...]:
 
 def is_table(name: str) -> bool:
     """Whether a name is that of an input or output embedding."""
-    return any(fnmatchcase(name, pattern) for pattern in TABLES)
+    return name.endswith(TABLE_ENDS) or any(part in name for part in TABLE_PARTS)
 
 
 def vocabulary_tables(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -56,13 +56,14 @@ def lay_out_shards(
     tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
     shard_size: int,
     metadata: Mapping[str, str] | None = None,
+    stem: str = "model",
 ) -> list[ShardLayout]:
     """Split tensors, in order, into shards of at most `shard_size` data bytes each.
 
     A larger tensor gets a shard of its own. Inside a shard wider dtypes come first, so that
     every tensor is aligned; otherwise the order is kept. One shard is named
-    `model.safetensors`, several `model-00001-of-0000N.safetensors`. `metadata` joins the
-    headers' own.
+    `model.safetensors`, several `model-00001-of-0000N.safetensors`, with another `stem` in place
+    of `model` where it is given. `metadata` joins the headers' own.
     """
     groups: list[list[tuple[str, DType, tuple[int, ...]]]] = [[]]
     filled = 0
@@ -74,9 +75,9 @@ def lay_out_shards(
         groups[-1].append(tensor)
         filled += nbytes
     count = len(groups)
-    names = ["model.safetensors"]
+    names = [f"{stem}.safetensors"]
     if count > 1:
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     notes = {**METADATA, **(metadata or {})}
     return [_lay_out_shard(name, group, notes) for name, group in zip(names, groups, strict=True)]
 

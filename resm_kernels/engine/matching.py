@@ -124,8 +124,15 @@ class Matching:
 
     def canonical(self, name: str) -> str:
         """The name under which a tied tensor's parameters are looked up, so that it stays tied."""
-        tied = self._ties[id(self.base)].get(name, ())
+        tied = self._ties[id(self.base)].get(name)
+        if tied is None:
+            return name
         return min([name, *(other for other in tied if other in self.base.tensors)])
+
+    @functools.cached_property
+    def keys(self) -> frozenset[str]:
+        """The canonical names of all tensors."""
+        return frozenset(map(self.canonical, self.decisions))
 
     def source(self, checkpoint: Checkpoint, name: str) -> Source:
         """An input tensor with its file."""
@@ -190,9 +197,10 @@ class Matching:
         What an adapter leaves alone is the base's own source.
         """
         if isinstance(expert, Checkpoint):
+            if name in expert.tensors:
+                return self.source(expert, name)
             tied = (self._ties[id(c)].get(name, ()) for c in (expert, self.base))
-            candidates = (name, *itertools.chain(*tied))
-            found = next((c for c in candidates if c in expert.tensors), None)
+            found = next((c for c in itertools.chain(*tied) if c in expert.tensors), None)
             return None if found is None else self.source(expert, found)
         for candidate in (name, *self._ties[id(self.base)].get(name, ())):
             if candidate in expert.pairs:

@@ -11,6 +11,7 @@ from resm_kernels.errors import UsageError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 UNITS |= {f"{prefix}I": 1 << (10 * i) for i, prefix in enumerate("KMGT", start=1)}
+MAX_PATTERNS = 1000
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class EngineOptions:
         Copy a tensor from the base where an expert lacks it.
     allow_extra : bool
         Leave out, by name, tensors that the base lacks.
+    only : tuple of str
+        Merge just the tensors whose whole name one of these shell-style patterns matches, as
+        `exclude` does. The output then is a part of the merge and no model.
     """
 
     device: str = "cpu"
@@ -46,6 +50,7 @@ class EngineOptions:
     nonfinite: Literal["error", "warn"] = "error"
     allow_missing: bool = False
     allow_extra: bool = False
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, most in (
@@ -57,6 +62,11 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
                 raise UsageError(f"{name}: got {value!r}, expected a whole number from 1 to {most}")
+        if len(self.only) > MAX_PATTERNS or not all(isinstance(p, str) and p for p in self.only):
+            raise UsageError(
+                f"only: got {self.only!r:.200}",
+                expected=f"up to {MAX_PATTERNS} patterns of tensor names, such as *.layers.40.*",
+            )
         if self.nonfinite not in ("error", "warn"):
             raise UsageError(f"nonfinite: got {self.nonfinite!r}, expected error or warn")
 

@@ -227,6 +227,8 @@ class _Target:
             self.report, self.complete = earlier, True
             return
         self.folder.verify_kept(self.plan.layouts)
+        if self.plan.part is not None:  # no model, and nothing that makes it look like one
+            return
         base, alignment = self.plan.base, self.plan.alignment
         key = (self.plan.recipe.out_dtype, id(base), id(alignment))
         if key not in shared:
@@ -264,7 +266,7 @@ class _Target:
         """Write the small files and give the folder its name."""
         plan, report = self.plan, self.report
         files = dict(self.companions)
-        files.update(index_file(plan.layouts))
+        files.update(index_file(plan.layouts, "part" if plan.part else "model"))
         files.update(extra_files(report) if extra_files else {})
         page = _drawn(report, draw)
         report.drawn = bool(page)
@@ -277,6 +279,7 @@ class _Target:
             shards=self.folder.kept,
             facts={name: result.facts() for name, result in report.tensors.items()},
             files=files,
+            part=plan.part,
         )
         self.folder.finish({**timed, **files})
         self.complete = True
@@ -555,5 +558,6 @@ def _empty_report(plan: MergePlan, output: Path) -> MergeReport:
             "python": platform.python_version(),
         },
         left_out=dict(plan.left_out),
+        part=None if plan.part is None else plan.part.to_dict(),
         inputs=[{"model": c.reference, "digest": c.digest} for c in (plan.base, *plan.experts)],
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +26,7 @@ from resm_kernels.checkpoint.files import canonical_json
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo
 from resm_kernels.checkpoint.lora import Adapter, open_model
+from resm_kernels.checkpoint.manifest import PART, Part
 from resm_kernels.checkpoint.reader import open_checkpoint
 from resm_kernels.checkpoint.vocabulary import Alignment, align, differences
 from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
@@ -41,6 +47,8 @@ NUMERICS = 5
 """Raised whenever the same plan would give other bytes."""
 PREFETCH = 2
 """Weights read ahead of the workers."""
+MAX_NEAR = 5000
+"""Most names that a pattern is compared with letter by letter."""
 MARGIN = 64 << 20
 """Disk bytes kept free beside the shards, for the small files."""
 
@@ -107,9 +115,19 @@ class PlannedTensor:
         return (self.base, *self.experts) if self.reads_base else self.experts
 
     @property
+    def factor_ranks(self) -> list[int] | None:
+        """The ranks of the experts' changes where all are known as factors."""
+        return factor_ranks(self.base, self.experts)
+
+    @functools.cached_property
+    def step(self) -> Step:
+        """This tensor merged for one output alone."""
+        return Step((self,))
+
+    @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs."""
-        return Step((self,)).read_bytes
+        return self.step.read_bytes
 
     @property
     def write_bytes(self) -> int:
@@ -119,7 +137,7 @@ class PlannedTensor:
     @property
     def memory(self) -> int:
         """Most bytes this tensor needs at once."""
-        return Step((self,)).memory
+        return self.step.memory
 
 
 @dataclass(frozen=True)
@@ -139,12 +157,12 @@ class Step:
         """What is read, each once."""
         return tuple({s.key: s for tensor in self.tensors for s in tensor.sources}.values())
 
-    @property
+    @functools.cached_property
     def read_bytes(self) -> int:
         """Bytes read from the inputs."""
         return sum(source.nbytes for source in self.sources)
 
-    @property
+    @functools.cached_property
     def held_bytes(self) -> int:
         """Bytes held from reading to writing."""
         return self.read_bytes + sum(tensor.write_bytes for tensor in self.tensors)
@@ -175,7 +193,10 @@ def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
     PlanError
         Where one weight, for all outputs, needs more memory than the budget.
     """
-    steps = tuple(map(Step, zip(*(plan.tensors for plan in plans), strict=True)))
+    if len(plans) == 1:
+        steps = tuple(tensor.step for tensor in plans[0].tensors)
+    else:
+        steps = tuple(map(Step, zip(*(plan.tensors for plan in plans), strict=True)))
     largest = max(steps, key=lambda step: step.memory)
     budget = plans[0].memory_budget
     if largest.memory > budget:
@@ -224,6 +245,8 @@ class MergePlan:
         Where merging happens.
     workers, memory_budget : int
         Resolved engine options; they do not change the bytes.
+    part : Part or None
+        Which tensors of the whole merge these are, where `only` chose some.
     """
 
     recipe: Recipe
@@ -238,6 +261,7 @@ class MergePlan:
     device: torch.device
     workers: int
     memory_budget: int
+    part: Part | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -279,6 +303,7 @@ class MergePlan:
             "device": str(self.device),
             "workers": self.workers,
             "threads": self.options.threads,
+            "part": self.part and self.part.to_dict(),
             "rules": self.rules,
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
@@ -322,12 +347,30 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
 
 def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
     """Plan the merges of several recipes for the same models; as `make_plan`."""
+    with _uncollected():
+        return _make_plans(recipes, options)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the search for cycles: planning makes none, and the search took 40 % of its time."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
+
+
+def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
     bases: dict[str, Checkpoint] = {}
     opened: dict[tuple[str, str], Checkpoint | Adapter] = {}
     matchings: dict[tuple[str, ...], Matching] = {}
     device = _device(options.device)
     budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
-    plans = []
+    plans: list[MergePlan] = []
+    used: list[Matching] = []
     for recipe in recipes:
         base_name = recipe.base.text
         if base_name not in bases:
@@ -342,14 +385,15 @@ def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergeP
             experts = [opened[key] for key in keys]
             alignment = _alignment(recipe, base, experts)
             matchings[names] = Matching(base, experts, options, alignment)
-        plans.append(_plan(recipe, matchings[names], options, device, budget))
+        used.append(matchings[names])
+        plans.append(_plan(recipe, used[-1], options, device, budget))
     plan_steps(plans)
     found = [f"{ignored}; ignored" for recipe in recipes for ignored in recipe.ignored]
-    for plan in plans:
+    for plan, matching in zip(plans, used, strict=True):
         found += [
             f"overrides: {override.filter!r} is part of no tensor's name (tied ones go by one name)"
             for override in plan.recipe.overrides
-            if not any(holds(tensor.key, override.filter) for tensor in plan.tensors)
+            if not any(holds(key, override.filter) for key in matching.keys)
         ]
     for message in dict.fromkeys(found):
         LOG.warning("recipe: %s", message)
@@ -360,7 +404,13 @@ Opened = TypeVar("Opened", Checkpoint, Checkpoint | Adapter)
 
 
 def _whole(opened: Opened) -> Opened:
-    """The model, unless its weights are quantised."""
+    """The model, unless its weights are quantised or it is a part of a merge."""
+    if isinstance(opened, Checkpoint) and any(PART in file.metadata for file in opened.files):
+        raise PlanError(
+            f"{opened.reference}: part of a merge, made with --only",
+            expected="a whole model",
+            fix="merge again without --only",
+        )
     if opened.config.get("quantization_config"):
         raise PlanError(
             f"{opened.reference}: quantised weights cannot be merged",
@@ -412,17 +462,18 @@ def _plan(
             return info.shape
         return (matching.alignment.rows, *info.shape[1:])
 
-    metadata = {a: k for a, k in base.aliases.items() if a not in base.tensors}
+    chosen = _chosen(decisions, options.only)
+    part = Part(options.only, len(chosen), len(decisions)) if options.only else None
+    metadata = {a: k for a, k in base.aliases.items() if a not in base.tensors and k in chosen}
     layouts = lay_out_shards(
-        [(n, written(base.tensors[n]), shape(base.tensors[n])) for n in decisions],
+        [(n, written(base.tensors[n]), shape(base.tensors[n])) for n in chosen],
         options.shard_size,
-        metadata,
+        metadata if part is None else {**metadata, PART: f"{part.tensors} of {part.of} tensors"},
+        stem="model" if part is None else "part",
     )
-    positions = layer_positions(decisions)
+    planner = _Planner(recipe, matching, options, device)
     tensors = tuple(
-        _plan_tensor(recipe, matching, options, device, positions, shard, slot)
-        for shard, layout in enumerate(layouts)
-        for slot in layout.slots
+        planner.plan(shard, slot) for shard, layout in enumerate(layouts) for slot in layout.slots
     )
     identity = {
         "numerics": NUMERICS,
@@ -444,6 +495,8 @@ def _plan(
         "vocabulary": None if matching.alignment is None else matching.alignment.digest,
         "missing": sorted(n for n, (reason, s) in decisions.items() if reason and not s),
     }
+    if part is not None:
+        identity["part"] = part.to_dict()
     return MergePlan(
         recipe=recipe,
         options=options,
@@ -457,119 +510,183 @@ def _plan(
         device=device,
         workers=options.workers or (usable_cores() if device.type == "cpu" else 1),
         memory_budget=budget,
+        part=part,
     )
 
 
-def _plan_tensor(
-    recipe: Recipe,
-    matching: Matching,
-    options: EngineOptions,
-    device: torch.device,
-    positions: Mapping[str, float],
-    shard: int,
-    slot: Slot,
-) -> PlannedTensor:
-    reason, sources = matching.decisions[slot.name]
-    own = matching.source(matching.base, slot.name)
-    key = matching.canonical(slot.name)
-    method = recipe.method_for(key)
-    settings = recipe.options(key, positions[key])
-    weights = recipe.weights(key, positions[key])
-    aligned = slot.name in matching.tables
-    unchanged = not aligned and all(source.key == own.key for source in sources)
-    if sources and unchanged and method.keeps_base(weights, settings):
-        reason, sources = "changed by no adapter", ()
-    split: Split | None = None
-    notes: tuple[str, ...] = ()
-    if sources:
-        method.validate(weights, settings)
-        given = (key, slot.shape, len(sources), settings)
-        split, notes = split_of(method, *given, matching.base.config)
-        reason = None if split else method.declines(*given)
-    on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
-    base_counts = method.uses_base or on_base or not sources
-    return PlannedTensor(
-        rule="copy" if not sources else method.name if reason is None else "mean",
-        reason=reason,
-        method=method,
-        shard=shard,
-        split=split,
-        notes=notes,
-        slot=slot,
-        base=own,
-        experts=sources,
-        reads_base=base_counts or aligned or options.nonfinite == "warn",
-        base_counts=base_counts,
-        aligned=aligned,
-        key=key,
-        weights=weights,
-        options=settings,
-        workspace=_workspace(
-            slot.shape,
-            (own, *sources),
-            method=None if reason else method,
-            settings=settings,
-            split=split,
-            aligned=aligned,
-            masked=options.nonfinite == "warn",
-            device=device.type,
-        ),
-    )
+def _chosen(names: Collection[str], only: Sequence[str]) -> dict[str, None]:
+    """The names that one of the patterns matches, in order; all where there is no pattern.
 
-
-def _workspace(
-    shape: tuple[int, ...],
-    sources: Sequence[Source | FactorSource],
-    *,
-    method: Method[Any] | None,
-    settings: Any,
-    split: Split | None,
-    aligned: bool,
-    masked: bool,
-    device: str,
-) -> int:
-    """Bytes that merging one tensor may hold beyond its inputs and its output.
-
-    `sources` are the base's and the experts'; without a method they are averaged or copied.
+    Raises
+    ------
+    UsageError
+        Naming every pattern that matches nothing, and names near it.
     """
-    experts, size = len(sources) - 1, math.prod(shape)
-    if not experts:
-        return chunk_workspace(shape, 0, 8, settings, device)
-    itemsize = 8 if any(source.wide for source in sources) else 4
-    shapes = matrix_shapes(split, shape) if split else {shape: (0,)}
-    ranks = [
-        source.pair.rank if isinstance(source, FactorSource) else 0
-        for source in sources[1:]
-        if isinstance(source, FactorSource) or source.key == sources[0].key
-    ]
-    in_core = None
-    if method is not None and len(ranks) == experts:
-        in_core = method.factored_workspace(shape, ranks, itemsize, settings)
-    if in_core is not None:
-        workspace = in_core
-    elif method is None:
-        workspace = chunk_workspace(shape, experts, 8, settings, device)
-    else:
-        workspace = max(
-            method.workspace(part, experts, itemsize, settings, device)
-            + method.batch(part, len(equal), experts, itemsize, settings, device).workspace
-            for part, equal in shapes.items()
+    if not only:
+        return dict.fromkeys(names)
+    found = {pattern: {n for n in names if fnmatchcase(n, pattern)} for pattern in only}
+    if idle := [_near(pattern, names) for pattern, some in found.items() if not some]:
+        raise UsageError(
+            "\n".join(["--only: no tensor of the base has such a name:", *idle]),
+            expected="shell-style patterns of whole names, such as 'model.layers.40.*'",
         )
-    if split:  # parts that are not views of their tensors
-        workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))
-    whole = 0 if in_core is not None else sum(isinstance(s, FactorSource) for s in sources)
-    if method is not None and method.by_matrix:
-        whole = min(whole, 1)  # for its statistics
-    workspace += (whole + (experts + 1) * aligned) * itemsize * size
-    if masked:  # copies without NaN and Inf, and where they were
-        workspace += sum(source.nbytes for source in sources) + (experts + 3) * size
-    return workspace
+    chosen = set().union(*found.values())
+    return {name: None for name in names if name in chosen}
+
+
+def _near(pattern: str, names: Collection[str]) -> str:
+    """A pattern that matches nothing, and what may have been meant."""
+    inside = f"*{pattern.strip('*')}*"
+    count = sum(fnmatchcase(name, inside) for name in names)
+    near = get_close_matches(pattern, itertools.islice(names, MAX_NEAR), n=1)
+    if count:
+        return f"  - {pattern!r} ({inside!r} matches {count})"
+    return f"  - {pattern!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def factor_ranks(
+    base: Source | FactorSource, experts: Sequence[Source | FactorSource]
+) -> list[int] | None:
+    """The ranks of all changes, 0 for the base itself; None where one is no product of factors."""
+    ranks = [
+        expert.pair.rank if isinstance(expert, FactorSource) else 0
+        for expert in experts
+        if isinstance(expert, FactorSource) or expert.key == base.key
+    ]
+    return ranks if len(ranks) == len(experts) else None
+
+
+class _Planner:
+    """Plans one tensor after another; what many of them share is worked out once."""
+
+    def __init__(
+        self, recipe: Recipe, matching: Matching, options: EngineOptions, device: torch.device
+    ) -> None:
+        self._recipe = recipe
+        self._matching = matching
+        self._device = device.type
+        self._masked = options.nonfinite == "warn"
+        self._on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
+        self._positions = layer_positions(matching.decisions)
+        self._settings: dict[tuple[str, str], Any] = {}
+        self._workspaces: dict[tuple[object, ...], int] = {}
+
+    def plan(self, shard: int, slot: Slot) -> PlannedTensor:
+        """What becomes of the tensor in a slot."""
+        recipe, matching = self._recipe, self._matching
+        reason, sources = matching.decisions[slot.name]
+        own = matching.source(matching.base, slot.name)
+        key = matching.canonical(slot.name)
+        method = recipe.method_for(key)
+        settings = self._options(method, key)
+        weights = recipe.weights(key, self._positions[key])
+        aligned = slot.name in matching.tables
+        unchanged = not aligned and all(source.key == own.key for source in sources)
+        if sources and unchanged and method.keeps_base(weights, settings):
+            reason, sources = "changed by no adapter", ()
+        split: Split | None = None
+        notes: tuple[str, ...] = ()
+        if sources:
+            method.validate(weights, settings)
+            given = (key, slot.shape, len(sources), settings)
+            split, notes = split_of(method, *given, matching.base.config)
+            reason = None if split else method.declines(*given)
+        base_counts = method.uses_base or self._on_base or not sources
+        return PlannedTensor(
+            rule="copy" if not sources else method.name if reason is None else "mean",
+            reason=reason,
+            method=method,
+            shard=shard,
+            split=split,
+            notes=notes,
+            slot=slot,
+            base=own,
+            experts=sources,
+            reads_base=base_counts or aligned or self._masked,
+            base_counts=base_counts,
+            aligned=aligned,
+            key=key,
+            weights=weights,
+            options=settings,
+            workspace=self._workspace(
+                slot.shape, (own, *sources), None if reason else method, settings, split, aligned
+            ),
+        )
+
+    def _options(self, method: Method[Any], tensor: str) -> Any:
+        values = self._recipe.values(tensor, self._positions[tensor])
+        known = method.name, repr(values)  # not the values: -0.0 is 0.0 among keys
+        if known not in self._settings:
+            self._settings[known] = method.make_options(values, len(self._recipe.experts))
+        return self._settings[known]
+
+    def _workspace(
+        self,
+        shape: tuple[int, ...],
+        sources: Sequence[Source | FactorSource],
+        method: Method[Any] | None,
+        settings: Any,
+        split: Split | None,
+        aligned: bool,
+    ) -> int:
+        """Bytes that merging one tensor may hold beyond its inputs and its output.
+
+        `sources` are the base's and the experts'; without a method they are averaged or copied.
+        """
+        experts, size = len(sources) - 1, math.prod(shape)
+        if not experts:
+            return chunk_workspace(shape, 0, 8, settings, self._device)
+        itemsize = 8 if any(source.wide for source in sources) else 4
+        shapes = matrix_shapes(split, shape) if split else {shape: (0,)}
+        ranks = factor_ranks(sources[0], sources[1:])
+        in_core = None
+        if method is not None and ranks is not None:
+            in_core = method.factored_workspace(shape, ranks, itemsize, settings)
+        if in_core is not None:
+            workspace = in_core
+        elif method is None:
+            workspace = chunk_workspace(shape, experts, 8, settings, self._device)
+        else:
+            workspace = max(
+                self._of_matrices(method, part, len(equal), experts, itemsize, settings)
+                for part, equal in shapes.items()
+            )
+        if split:  # parts that are not views of their tensors
+            workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))
+        whole = 0 if in_core is not None else sum(isinstance(s, FactorSource) for s in sources)
+        if method is not None and method.by_matrix:
+            whole = min(whole, 1)  # for its statistics
+        workspace += (whole + (experts + 1) * aligned) * itemsize * size
+        if self._masked:  # copies without NaN and Inf, and where they were
+            workspace += sum(source.nbytes for source in sources) + (experts + 3) * size
+        return workspace
+
+    def _of_matrices(
+        self,
+        method: Method[Any],
+        shape: tuple[int, ...],
+        count: int,
+        experts: int,
+        itemsize: int,
+        settings: Any,
+    ) -> int:
+        known = method.name, shape, count, experts, itemsize, settings
+        if known not in self._workspaces:
+            given = experts, itemsize, settings, self._device
+            batch = method.batch(shape, count, *given)
+            self._workspaces[known] = method.workspace(shape, *given) + batch.workspace
+        return self._workspaces[known]
+
+
+def disk_space(layouts: Iterable[ShardLayout], output: Path) -> tuple[int, int]:
+    """Bytes that these shards need on the disk of `output`, and those that are free there."""
+    needed = MARGIN + sum(layout.size for layout in layouts)
+    return needed, shutil.disk_usage(output.parent).free
 
 
 def check_disk(layouts: Iterable[ShardLayout], output: Path) -> None:
     """Raise PlanError where these shards would not fit on the disk of `output`."""
-    needed = MARGIN + sum(layout.size for layout in layouts)
-    free = shutil.disk_usage(output.parent).free
+    needed, free = disk_space(layouts, output)
     if needed > free:
         raise PlanError(
             f"{output.parent}: not enough disk space for the output",

@@ -126,6 +126,8 @@ class MergeReport:
         plan's prediction.
     drawn : bool
         Whether the HTML report was written beside it.
+    part : dict or None
+        `only`, `tensors` and `of` as in `Part`, where the output is a part of a merge.
     """
 
     output: str
@@ -147,6 +149,7 @@ class MergeReport:
     predicted_memory: int = 0
     inputs: list[dict[str, str]] = field(default_factory=list)
     drawn: bool = False
+    part: dict[str, Any] | None = None
 
     @property
     def notes(self) -> dict[str, tuple[str, ...]]:

@@ -14,6 +14,8 @@ from resm_kernels.linalg.solver import (
     Solver,
     SolverOptions,
     SolverPlan,
+    Work,
+    equalising_work,
     measured_rates,
 )
 from resm_kernels.linalg.spectral import SpectralMerge, equalise, spectral_merge
@@ -32,7 +34,9 @@ __all__ = [
     "SpectralMerge",
     "Subspace",
     "SubspaceBatch",
+    "Work",
     "equalise",
+    "equalising_work",
     "leading_subspaces",
     "leading_subspaces_batch",
     "measured_rates",

@@ -104,6 +104,10 @@ class Work:
     svd_fp32: float = 0.0
     svd_fp64: float = 0.0
 
+    def __add__(self, other: Work) -> Work:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Work(*(one + two for one, two in pairs))
+
     def seconds(self, rates: Work) -> float:
         """Predicted time at `rates`, in operations per second."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(rates), strict=True)
@@ -220,6 +224,21 @@ class Solver:
         copies = (2 * experts + 1) * itemsize * entries  # deltas, and inputs that are no views
         one = copies + 8 * experts * factoring
         return Batching(size, size * one)
+
+    def work(
+        self,
+        shape: Sequence[int],
+        ranks: Sequence[int],
+        *,
+        device: str = "cpu",
+        factored: bool = False,
+    ) -> Work:
+        """Operations of merging deltas and of adding the low-rank pair to the base.
+
+        As for `plan`; `factored` deltas are given as factors of these ranks.
+        """
+        found = _work(shape, ranks, choose_route(device, self.options), device, factored)
+        return found + Work(gemm_fp32=2.0 * shape[0] * shape[1] * sum(ranks))
 
     def for_itemsize(self, itemsize: int) -> Solver:
         """The solver for deltas of so many bytes per entry: float64 stays float64.
@@ -387,11 +406,29 @@ def _svd_work(shape: Sequence[int]) -> float:
     return 4.0 * longer * p * p + 22.0 * p**3
 
 
-def _work(shape: Sequence[int], ranks: Sequence[int], route: Route, device: str) -> Work:
+def equalising_work(shape: Sequence[int], rank: int | None = None) -> Work:
+    """Operations of `equalise` and of adding its pair; `rank` where the delta has factors."""
+    longer, p = max(shape), min(shape)
+    if rank is None:
+        gemm = 9 / 8 * longer * p * p + 2.0 * longer * p * p
+        factoring = Work(gemm_fp64=gemm, eigen_fp64=_full_work(p))
+    else:
+        gemm = 4.0 * sum(shape) * rank**2
+        factoring = Work(gemm_fp64=gemm, svd_fp64=_svd_work((rank, rank)))
+    return factoring + Work(gemm_fp32=2.0 * shape[0] * shape[1] * (p if rank is None else rank))
+
+
+def _work(
+    shape: Sequence[int], ranks: Sequence[int], route: Route, device: str, factored: bool = False
+) -> Work:
     longer, p = max(shape), min(shape)
     total = sum(ranks)
     parts: dict[str, float] = dict.fromkeys((f.name for f in dataclasses.fields(Work)), 0.0)
     for rank in ranks:
+        if factored:
+            parts["gemm_fp64"] += 4.0 * sum(shape) * rank**2
+            parts["svd_fp64"] += _svd_work((rank, rank))
+            continue
         if route.subspace in ("svd", "textbook"):
             parts["svd_fp64" if route.subspace == "svd" else "svd_fp32"] += _svd_work(shape)
             continue

@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from resm_kernels.errors import UsageError
-from resm_kernels.linalg import Batching
+from resm_kernels.linalg import Batching, Work
 from resm_kernels.methods.inputs import Inputs
 
 LARGEST = 1e30
@@ -177,6 +177,10 @@ class Method(Generic[OptionsT]):
         equal matrices of one tensor `prepare` takes at once, and what it holds beside `workspace`.
     prepare : callable
         (matrices, weights, options) -> None: finds out together what `merge` needs of each.
+    work : callable or None
+        (shape, experts, ranks, itemsize, options, device type) -> the operations of `merge`, at
+        most; `ranks` where every expert is given as factors, else None. None for methods that pass
+        over the entries: their time goes with bytes.
     uses_base : bool
         Whether the base's values enter the result.
     validate : callable
@@ -203,6 +207,9 @@ class Method(Generic[OptionsT]):
     )
     prepare: Callable[[Sequence[Inputs], Sequence[float], OptionsT], None] = (
         lambda matrices, weights, options: None
+    )
+    work: Callable[[Sequence[int], int, Sequence[int] | None, int, OptionsT, str], Work] | None = (
+        None
     )
     uses_base: bool = True
     validate: Callable[[Sequence[float], OptionsT], None] = lambda weights, options: None

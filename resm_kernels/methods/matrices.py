@@ -461,15 +461,24 @@ RULES = (
     _Rule(("in_proj_qkv",), QWEN_GATED, _delta_net_qkv),
     _Rule(("in_proj_ba",), QWEN_GATED, _delta_net_ba),
 )
+LAST_PARTS = {name.rpartition(".")[2] for rule in RULES for name in rule.names}
+RULES_BY_LAST = {
+    last: tuple(r for r in RULES if last in (name.rpartition(".")[2] for name in r.names))
+    for last in LAST_PARTS
+}
+"""The rules that a name with such a last part can match: most names match none."""
 
 
 def _decide(name: str, shape: Sequence[int], config: object) -> Split | None:
     if len(shape) not in (2, 3) or min(shape) < 1 or name.endswith("bias"):
         return None
-    sizes = _Sizes(name, config)
     module = name.removesuffix(".weight").removesuffix(".base_layer")
     short = module.rpartition(".")[2]
-    rule = next((r for r in RULES if _applies(r, module, sizes.model)), None)
+    rules = RULES_BY_LAST.get(short, ())
+    if len(shape) == 2 and not rules:
+        return None
+    sizes = _Sizes(name, config)
+    rule = next((r for r in rules if _applies(r, module, sizes.model)), None)
     try:
         if len(shape) == 2:
             if rule is None:

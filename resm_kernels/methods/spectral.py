@@ -17,7 +17,9 @@ from resm_kernels.linalg import (
     SolverOptions,
     SpectralMerge,
     SubspaceBatch,
+    Work,
     equalise,
+    equalising_work,
     leading_subspaces,
     leading_subspaces_batch,
     spectral_merge_batch,
@@ -176,6 +178,59 @@ def factored_workspace(
     return int(SLACK * (factors + whole + _panels(shape, itemsize))) + BLAS_BUFFERS
 
 
+def truncating_work(
+    shape: Sequence[int],
+    experts: int,
+    ranks: Sequence[int] | None,
+    itemsize: int,
+    options: TruncatingOptions,
+    device: str,
+) -> Work:
+    """Operations of TSV-M and RESM; RESM's ranks are known only after its statistics."""
+    most = min(shape) // experts
+    if isinstance(options, ResmOptions) and options.rank == "fixed":
+        most = max(1, round(most * options.rank_fraction))
+    masked = isinstance(options, ResmOptions) and options.mask_noise
+    if ranks is None or masked:
+        return _solver(options, itemsize).work(shape, [most] * experts, device=device)
+    return _solver(options, itemsize).work(
+        shape, [min(rank, most) for rank in ranks], device=device, factored=True
+    )
+
+
+def iso_c_work(
+    shape: Sequence[int],
+    experts: int,
+    ranks: Sequence[int] | None,
+    itemsize: int,
+    options: SpectralOptions,
+    device: str,
+) -> Work:
+    """Operations of Iso-C."""
+    return equalising_work(shape, None if ranks is None else min(sum(ranks), min(shape)))
+
+
+def iso_cts_work(
+    shape: Sequence[int],
+    experts: int,
+    ranks: Sequence[int] | None,
+    itemsize: int,
+    options: IsoCtsOptions,
+    device: str,
+) -> Work:
+    """Operations of Iso-CTS: the common subspace, each expert's own, and their polar factors."""
+    own, common = own_and_common(min(shape), experts, options.common_space)
+    outside = Work(gemm_fp64=4.0 * experts * shape[0] * shape[1] * common)
+    solver = _solver(options, itemsize)
+    return outside + solver.work(shape, [common, *[own] * experts], device=device)
+
+
+def own_and_common(p: int, experts: int, share: float) -> tuple[int, int]:
+    """Directions that Iso-CTS takes from each expert, and from the sum; all together p."""
+    own = min(round((p - int(p * share)) / experts), p // experts)
+    return own, p - own * experts
+
+
 def _panels(shape: Sequence[int], itemsize: int) -> int:
     return 3 * itemsize * min(PANEL, shape[0] * shape[1])
 
@@ -325,8 +380,7 @@ def _iso_cts(
     inputs: Inputs, weights: Sequence[float], options: IsoCtsOptions, out_dtype: torch.dtype
 ) -> Merged:
     p, count = min(inputs.base.shape), len(weights)
-    own = min(round((p - int(p * options.common_space)) / count), p // count)
-    common = p - own * count
+    own, common = own_and_common(p, count, options.common_space)
 
     def find() -> tuple[SpectralMerge, list[int]]:
         shared = leading_subspaces(_weighted_total(inputs, weights), common)
@@ -531,6 +585,7 @@ TSVM = Method(
     declines=spectral_declines,
     by_matrix=True,
     factored_workspace=factored_workspace,
+    work=truncating_work,
 )
 
 RESM = Method(
@@ -547,6 +602,7 @@ RESM = Method(
     declines=spectral_declines,
     by_matrix=True,
     factored_workspace=factored_workspace,
+    work=truncating_work,
 )
 
 ISO_C = Method(
@@ -560,6 +616,7 @@ ISO_C = Method(
     declines=spectral_declines,
     by_matrix=True,
     factored_workspace=factored_workspace,
+    work=iso_c_work,
 )
 
 ISO_CTS = Method(
@@ -574,4 +631,5 @@ ISO_CTS = Method(
     declines=spectral_declines,
     by_matrix=True,
     factored_workspace=factored_workspace,
+    work=iso_cts_work,
 )

@@ -25,16 +25,21 @@ def model_card(report: MergeReport) -> bytes:
     models = list(dict.fromkeys([base, *names]))
     references = [ModelReference(name) for name in models]
     hub_ids = [r.repo[0] for r in references if r.repo is not None and not r.exists()]
+    part = report.part
     data = ModelCardData(
         base_model=hub_ids or None,
-        library_name="transformers",
-        tags=["merge", "resm-kernels", report.method],
+        library_name=None if part else "transformers",
+        tags=["merge", "resm-kernels", report.method, *(["part-of-a-merge"] if part else [])],
     )
     rules = "\n".join(f"| {rule} | {count} |" for rule, count in sorted(report.rules.items()))
     notes = sum(len(notes) for notes in report.notes.values())
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {report.method} merge of {len(names)} models",
+        f"# {'Part of a ' if part else ''}{report.method} merge of {len(names)} models",
+        f"**No whole model**: {part['tensors']} of {part['of']} tensors, those named "
+        f"{', '.join(f'`{pattern}`' for pattern in part['only'])}."
+        if part
+        else "",
         f"{method.summary[0].upper()}{method.summary[1:]}: `{method.formula}` ({method.source}).",
         RECONSTRUCTION if report.method == "resm" else "",
         f"Base: `{base}`. Merged: {', '.join(f'`{name}`' for name in names)}.",

@@ -60,6 +60,7 @@ def merge_page(report: MergeReport) -> str:
     ]
     count = len(experts)
     title = f"{report.method} merge of {count} model{'s' if count != 1 else ''}"
+    title = f"part of a {title}" if report.part else title
     sections = [
         f"<div class=mono>{esc(report.output)}</div>",
         _summary(report),
@@ -104,6 +105,8 @@ def _summary(report: MergeReport) -> str:
         (size(report.peak_memory), f"peak memory, {size(report.predicted_memory)} planned"),
         (f"{notes:,}", "clamps, fallbacks, warnings"),
     ]
+    if report.part:
+        facts.append((str(report.part["of"]), "tensors in the whole merge: this is a part"))
     if report.kept_shards:
         facts.append((f"{report.kept_shards:,}", "shards kept from an earlier run"))
     return tiles(facts)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from resm_kernels.engine.forecast import forecast
 from resm_kernels.engine.plan import MergePlan, plan_steps, predicted_peak
+from resm_kernels.engine.rates import Rates
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.methods import Method
+from resm_kernels.report.page import seconds
 
 SHOWN_NOTES = 8
 
 
-def plan_table(plan: MergePlan) -> RenderableType:
-    """What a merge will do and cost, by rule."""
+def plan_table(plan: MergePlan, facts: Mapping[str, str] | None = None) -> RenderableType:
+    """What a merge will do and cost, by rule; `facts` join the plan's own."""
     by_rule = Table(title=f"plan {plan.plan_id[:12]}: {plan.recipe.method}", title_justify="left")
     for heading in ("rule", "why", "tensors", "read", "written"):
         by_rule.add_column(heading, justify="left" if heading in ("rule", "why") else "right")
@@ -32,17 +36,40 @@ def plan_table(plan: MergePlan) -> RenderableType:
         by_rule.add_row(rule, Text(reason), str(count), size(read), size(written))
     totals = _facts(
         {
+            **({"part": f"{plan.part.tensors} of {plan.part.of} tensors"} if plan.part else {}),
             "read": size(plan.read_bytes),
             "written": f"{size(plan.write_bytes)} in {len(plan.layouts)} shards",
             "peak memory": f"{size(plan.peak_memory)} beside the interpreter "
             f"(budget {size(plan.memory_budget)})",
             "runs on": f"{plan.device}, {plan.workers} workers x {plan.options.threads} threads",
+            **(facts or {}),
         }
     )
     return Group(by_rule, totals, *_left_out(plan.left_out))
 
 
-def sweep_facts(plans: Sequence[MergePlan]) -> RenderableType:
+def machine_facts(
+    plans: Sequence[MergePlan], space: tuple[int, int], rates: Rates | None
+) -> dict[str, str]:
+    """What merges need of this machine: disk (needed, free) and time, where it is known."""
+    needed, free = space
+    facts = {"disk": f"{size(needed)} needed, {size(free)} free"}
+    expected = None if rates is None else forecast(plans, rates)
+    if rates is None:
+        facts["time"] = "unknown: `resm doctor --measure` measures this machine, once"
+    elif expected is None:
+        facts["time"] = f"unknown on {plans[0].device}: only the CPU's rates are measured"
+    else:
+        stages = {name: value for name, value in asdict(expected).items() if name != "wall"}
+        each = ", ".join(f"{name} {seconds(value)}" for name, value in stages.items())
+        facts["time"] = f"about {seconds(expected.wall)} (at rates of {rates.day})"
+        facts["busy"] = f"{each}: stages overlap"
+    return facts
+
+
+def sweep_facts(
+    plans: Sequence[MergePlan], facts: Mapping[str, str] | None = None
+) -> RenderableType:
     """What several merges cost together, since they read their inputs once."""
     steps = plan_steps(plans)
     return _facts(
@@ -51,6 +78,7 @@ def sweep_facts(plans: Sequence[MergePlan]) -> RenderableType:
             "read": size(sum(step.read_bytes for step in steps)),
             "written": size(sum(plan.write_bytes for plan in plans)),
             "peak memory": size(predicted_peak(steps, plans[0])),
+            **(facts or {}),
         }
     )
 
@@ -65,6 +93,8 @@ def report_table(report: MergeReport) -> RenderableType:
         "time": f"{report.seconds:.1f} s ({size(int(moved))}/s read and written)",
         "peak memory": f"{size(report.peak_memory)} (planned {size(report.predicted_memory)})",
     }
+    if report.part:
+        facts["part"] = f"of {report.part['of']} tensors: no whole model"
     if report.kept_shards:
         facts["resumed"] = f"{report.kept_shards} shards were finished before"
     notes = [f"{name}: {note}" for name, found in report.notes.items() for note in found]
@@ -158,9 +188,20 @@ def doctor_table(found: Mapping[str, Any]) -> RenderableType:
             "cuSOLVER's solvers": "; ".join(
                 f"{', '.join(names)}: {state}" for state, names in solvers.items()
             ),
+            "rates": _rates(found["rates"]),
             **{f"{part}": place for part, place in found["runs_on"].items()},
         }
     )
+
+
+def _rates(rates: Mapping[str, Any] | None) -> str:
+    if rates is None:
+        return "not measured: --measure does, for the times of a dry run"
+    stages = ", ".join(
+        f"{stage} {size(round(1 / rates[stage]['wall']))}/s" for stage in ("read", "write")
+    )
+    work = f"float64 products {rates['work']['gemm_fp64'] / 1e9:.3g} GFLOP/s a worker"
+    return f"{stages}, {work} ({rates['day']})"
 
 
 def size(count: int) -> str:
