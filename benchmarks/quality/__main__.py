@@ -8,7 +8,6 @@ from there. Ends with `quality.csv` (a row per model and skill), its conditions,
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
@@ -27,7 +26,7 @@ from benchmarks.quality.models import (
     train_joint,
 )
 from benchmarks.quality.plot import report
-from benchmarks.quality.scoring import Case, score_and_keep
+from benchmarks.quality.scoring import Case, kept_rows, score_and_keep
 from benchmarks.quality.tasks import SKILLS
 from benchmarks.record import RESULTS, ROOT, write
 from resm_kernels.demo.models import ModelSize
@@ -99,14 +98,9 @@ def main() -> None:
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         for jobs in trainings(wanted, arguments.work, scale):
             carry_out(jobs, pool, started)
-        unscored = [c for c in wanted if not (arguments.work / f"{c.name}.json").exists()]
-        jobs = [(score_and_keep, (arguments.work, case, scale)) for case in unscored]
+        jobs = [(score_and_keep, (arguments.work, case, scale)) for case in wanted]
         carry_out(jobs, pool, started)
-    rows = [
-        row
-        for case in wanted
-        for row in json.loads((arguments.work / f"{case.name}.json").read_text())
-    ]
+    rows = [row for case in wanted for row in kept_rows(arguments.work, case)]
     write("quality", rows, workers, arguments.out)
     report(arguments.out, arguments.docs)
 

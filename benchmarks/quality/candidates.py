@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from resm_kernels.methods import find_method
+
 DENSITIES = (0.2, 0.6)
-OFF: dict[str, Any] = {"outlier_power": 0.0, "rank_sparsity": 0.0, "mask_noise": False}
+OFF: dict[str, Any] = {
+    "outlier_power": 0.0, "outlier_score": "share", "sigma": 3.0, "noise_floor": 0.1,
+    "mask_noise": False, "rank": "sparsity", "rank_sparsity": 0.0,
+}  # fmt: skip
+UNVARIED = ("lambda", "exclude", "split", "solver")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,13 @@ class Candidate:
     method: str
     parameters: dict[str, Any] = field(default_factory=dict)
     scaled: bool = True
+
+    @property
+    def settings(self) -> str:
+        """All its parameters, defaults included, but those that no candidate varies."""
+        known = find_method(self.method).specs
+        values = {name: option.default for name, option in known.items()} | self.parameters
+        return " ".join(f"{k}={v}" for k, v in values.items() if k not in UNVARIED)
 
 
 def methods(count: int) -> list[Candidate]:
@@ -79,10 +92,15 @@ def ablations() -> list[Candidate]:
             )
         )
     varied.append(("rank: half of p/T", {"rank": "fixed", "rank_fraction": 0.5}))
-    varied.append(("rank: 90 % of energy", {"rank": "energy", "rank_energy": 0.9}))
+    for energy in (0.8, 0.9, 0.95):
+        kept = {"rank": "energy", "rank_energy": energy}
+        varied.append((f"rank: {energy:.0%} of energy", kept))
     for floor in (0.1, 0.3, 1.0):
         varied.append((f"mask: floor {floor:g}", {"mask_noise": True, "noise_floor": floor}))
     for power in (-1.0, 0.5, 1.0):
         on = {"outlier_power": power, "rank_sparsity": 1.0, "mask_noise": True}
         varied.append((f"all: power {power:g}, gamma 1, mask", on))
+    for power in (0.5, 1.0):
+        on = {"outlier_power": power, "rank": "energy", "rank_energy": 0.9}
+        varied.append((f"both: power {power:g}, 90% of energy", on))
     return [Candidate(label, "ablation", "resm", {**OFF, **changed}) for label, changed in varied]

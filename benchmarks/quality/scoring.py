@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -45,11 +45,28 @@ class Case:
         return f"{self.family.size}-{self.family.seed}-{self.tuning}-{self.count}"
 
 
+def kept_rows(work: Path, case: Case) -> list[Row]:
+    """The rows of a case so far."""
+    file = work / f"{case.name}.json"
+    found: list[Row] = json.loads(file.read_text()) if file.exists() else []
+    return found
+
+
 @no_progress_bars()
 @one_thread()
 def score_and_keep(work: Path, case: Case, scale: Scale) -> None:
-    """Write one row per model and skill as JSON in `work`: exact match and loss on test prompts."""
-    rows = list(_Scoring(work, case, scale).rows())
+    """Keep one row per model and skill as JSON in `work`: exact match and loss on test prompts.
+
+    What an earlier run kept, of candidates with the same parameters, is not scored again.
+    """
+    earlier, scoring = kept_rows(work, case), _Scoring(work, case, scale)
+    rows = scoring.references()
+    candidates = [*methods(case.count), *ablations()]
+    for label, group in groupby(candidates, lambda candidate: candidate.label):
+        competing = list(group)
+        known = {candidate.settings for candidate in competing}
+        kept = [r for r in earlier if r["model"] == label and r["parameters"] in known]
+        rows += kept or scoring.contest(competing)
     partial = work / f"{case.name}.partial"
     partial.write_text(json.dumps(rows))
     partial.rename(work / f"{case.name}.json")
@@ -70,27 +87,27 @@ class _Scoring:
         )
         self.own: dict[str, float] = {}
 
-    def rows(self) -> Iterator[Row]:
-        """The base, the experts, joint training, then every candidate."""
+    def references(self) -> list[Row]:
+        """The base, joint training, and the experts, whose scores the others are measured by."""
         joint = self.folder / joint_name(self.case.count, self.case.tuning)
-        references = {"base": self.folder / "base", "joint training": joint}
+        folders = {"base": self.folder / "base", "joint training": joint}
         for skill, folder in zip(self.skills, self.experts, strict=True):
-            references[f"expert {skill.name}"] = folder
+            folders[f"expert {skill.name}"] = folder
         found = {
             name: evaluate(load(folder, self.folder / "base"), self.tokenizer, self.test)
-            for name, folder in references.items()
+            for name, folder in folders.items()
         }
         for skill in self.skills:
             self.own[skill.name] = found[f"expert {skill.name}"][skill.name].exact_match
-        for name, scores in found.items():
-            yield from self._rows(name, "reference", scores, None, {})
-        candidates = [*methods(self.case.count), *ablations()]
-        for label, competing in groupby(candidates, lambda candidate: candidate.label):
-            best = max(map(self._best, competing), key=lambda chosen: chosen.rank)
-            scores = self._merged_scores(best.candidate, best.lambda_)
-            yield from self._rows(
-                label, best.candidate.group, scores, best.lambda_, best.candidate.parameters
-            )
+        return [row for n, scores in found.items() for row in self._rows(n, "reference", scores)]
+
+    def contest(self, competing: Sequence[Candidate]) -> list[Row]:
+        """The candidate of one label that is best on validation prompts, on test prompts."""
+        best = max(map(self._best, competing), key=lambda chosen: chosen.rank)
+        self.vessel.load_state_dict(self._merge(best.candidate, best.lambda_, "bfloat16"))
+        scores = evaluate(self.vessel, self.tokenizer, self.test)
+        chosen = best.candidate
+        return self._rows(chosen.label, chosen.group, scores, best.lambda_, chosen.settings)
 
     def _best(self, candidate: Candidate) -> _Chosen:
         """The candidate with the lambda that is best on validation prompts."""
@@ -127,10 +144,6 @@ class _Scoring:
         scores = evaluate(self.vessel, self.tokenizer, self.validation).values()
         return fmean(s.exact_match for s in scores), -fmean(s.answer_loss for s in scores)
 
-    def _merged_scores(self, candidate: Candidate, value: float | None) -> dict[str, Score]:
-        self.vessel.load_state_dict(self._merge(candidate, value, "bfloat16"))
-        return evaluate(self.vessel, self.tokenizer, self.test)
-
     def _merge(self, candidate: Candidate, value: float | None, dtype: str) -> Weights:
         parameters = dict(candidate.parameters)
         if value is not None:
@@ -151,19 +164,19 @@ class _Scoring:
         model: str,
         group: str,
         scores: Mapping[str, Score],
-        value: float | None,
-        parameters: Mapping[str, Any],
-    ) -> Iterator[Row]:
+        value: float | None = None,
+        settings: str = "",
+    ) -> list[Row]:
         case = self.case
-        for skill, score in scores.items():
-            yield {
+        return [
+            {
                 "size": case.family.size,
                 "tuning": case.tuning,
                 "experts": case.count,
                 "seed": case.family.seed,
                 "group": group,
                 "model": model,
-                "parameters": " ".join(f"{k}={v}" for k, v in parameters.items()),
+                "parameters": settings,
                 "lambda": "" if value is None else f"{value:.4g}",
                 "skill": skill,
                 "exact_match": round(score.exact_match, 4),
@@ -172,6 +185,8 @@ class _Scoring:
                 if (own := self.own[skill])
                 else 0.0,
             }
+            for skill, score in scores.items()
+        ]
 
 
 @dataclass(frozen=True)
