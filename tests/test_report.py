@@ -21,7 +21,7 @@ import resm_kernels
 from resm_kernels.checkpoint.files import seal, unseal
 from resm_kernels.checkpoint.journal import MANIFEST, PAGE, REPORT
 from resm_kernels.cli import main
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import flow, target
 from resm_kernels.engine.measures import POINTS, spectrum_points, spectrum_positions
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import VerificationError
@@ -249,7 +249,7 @@ def test_a_resumed_merge_keeps_what_was_measured(
 ) -> None:
     base, experts = family
     whole = resm_kernels.merge(base, experts, tmp_path / "whole", shard_size="700B", workers=1)
-    original, left = pipeline.merge_planned, 6
+    original, left = flow.merge_planned, 6
 
     def breaking(*given: Any) -> Any:
         nonlocal left
@@ -259,7 +259,7 @@ def test_a_resumed_merge_keeps_what_was_measured(
         return original(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "merge_planned", breaking)
+        patch.setattr(flow, "merge_planned", breaking)
         with pytest.raises(OSError, match="stopped"):
             resm_kernels.merge(base, experts, tmp_path / "out", shard_size="700B", workers=1)
     resumed = resm_kernels.merge(
@@ -560,4 +560,4 @@ def test_measures_survive_json() -> None:
     report = made_up(llama_shapes(1))
     again = MergeReport.from_dict(json.loads(json.dumps(report.to_dict())))
     assert asdict(again) == asdict(report)
-    assert pipeline.PAGE == PAGE
+    assert target.PAGE == PAGE

@@ -178,12 +178,14 @@ class Solver:
         *,
         energy: float | None = None,
         device: torch.device = CPU,
+        at_once: bool = True,
     ) -> list[Subspace]:
         """`leading_subspaces` of every expert by the route of the options.
 
         Deltas, on `device`, are made when their turn comes: on a CPU one is alive at a time. On a
         GPU every expert has a stream and a host thread: one's eigen-decomposition, bound by
-        latency, runs beside the products of the others.
+        latency, runs beside the products of the others; without `at_once` they take turns, in
+        less memory, to the same bytes.
         """
 
         route = choose_route(device.type, self.options)
@@ -191,7 +193,7 @@ class Solver:
         def factor(make: Callable[[], Delta], rank: int) -> Subspace:
             return leading_subspaces(make(), rank, energy=energy, backend=route.subspace)
 
-        if device.type == "cuda" and len(deltas) > 1:
+        if device.type == "cuda" and at_once and len(deltas) > 1:
             return _on_streams(factor, deltas, ranks, device)
         return [factor(make, rank) for make, rank in zip(deltas, ranks, strict=True)]
 
@@ -296,12 +298,16 @@ def _on_streams(
         return found
 
     with ThreadPoolExecutor(len(deltas)) as pool:
-        return list(pool.map(work, deltas, ranks, _streams(device, len(deltas))))
+        streams = _streams(device, len(deltas), current.cuda_stream)
+        return list(pool.map(work, deltas, ranks, streams))
 
 
 @functools.cache
-def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    """The same streams every time: each keeps a cuBLAS workspace of its own."""
+def _streams(device: torch.device, count: int, caller: int) -> tuple[torch.cuda.Stream, ...]:
+    """The same streams every time for one caller's stream: each keeps a cuBLAS workspace.
+
+    Callers that shared them would wait for each other's matrices.
+    """
     return tuple(torch.cuda.Stream(device) for _ in range(count))  # type: ignore[no-untyped-call]
 
 

@@ -382,7 +382,13 @@ def _merge_subspaces(
     subspaces = inputs.once(
         "subspaces",
         key,
-        lambda: solver.subspaces(deltas, ranks, energy=energy, device=inputs.base.device),
+        lambda: solver.subspaces(
+            deltas,
+            ranks,
+            energy=energy,
+            device=inputs.base.device,
+            at_once=not inputs.sparing,
+        ),
     )
     merge = inputs.once("merge", (key, tuple(weights)), lambda: solver.combine(subspaces, weights))
     notes = [
