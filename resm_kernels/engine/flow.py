@@ -53,12 +53,15 @@ class _Task:
         parts: Sequence[tuple[Target, PlannedTensor]],
         *,
         again: bool = False,
+        counted: bool = False,
         notes: Sequence[str] = (),
     ) -> None:
         self.parts = list(parts)
         self.step = Step(tuple(tensor for _, tensor in parts))
         self.again = again
-        """Whether it was read before, for a device that it did not fit."""
+        """Whether it comes back from a device that it did not fit."""
+        self.counted = counted
+        """Whether its reading was told as progress."""
         self.notes = list(notes)
         self.bid: Bid | None = None
         self.holders = 1
@@ -252,8 +255,9 @@ class Run:
             lane.trim()
             self._to_host(task, lane, task.parts)
             return
-        if self.progress and not task.again:
+        if self.progress and not task.counted:
             self.progress.advance(task.step.read_bytes, task.name)
+        task.counted = True
         self._submit(f"compute {lane.name}", self._compute, task, lane, inputs, ready)
 
     def _compute(self, task: _Task, lane: Lane, inputs: dict[Key, Value], ready: Mark) -> None:
@@ -321,7 +325,7 @@ class Run:
         """Give up a task's place on a lane: what is left of it is read again and merged there."""
         self._note(task, f"{lane.name} ran out of memory: merged on the CPU")
         with self._change:
-            self._again.append(_Task(parts, again=True, notes=task.notes))
+            self._again.append(_Task(parts, again=True, counted=task.counted, notes=task.notes))
         self._drop(task)
 
     def _note(self, task: _Task, text: str) -> None:

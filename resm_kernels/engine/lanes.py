@@ -208,6 +208,8 @@ class CudaLane(StagedLane):
     Library handles are torch's, one per thread; each stream keeps a cuBLAS workspace.
     """
 
+    _pins = True
+
     def __init__(self, name: str, device: torch.device, workers: int, budget: int) -> None:
         super().__init__(name, device, workers, budget)
         self._stream_in, self._stream_out = self._stream(), self._stream()
@@ -219,11 +221,13 @@ class CudaLane(StagedLane):
         return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def _buffer(self) -> torch.Tensor:
-        try:
-            return torch.empty(self._piece, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            LOG.warning("%s: host memory cannot be pinned: %s", self.name, error)
-            return super()._buffer()
+        if self._pins:
+            try:
+                return torch.empty(self._piece, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                LOG.warning("%s: host memory cannot be pinned: %s", self.name, error)
+                self._pins = False
+        return super()._buffer()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -275,10 +279,10 @@ class CudaLane(StagedLane):
 
 def host_lane(plan: MergePlan) -> Lane:
     """The CPU: for everything, or beside devices for copies and what does not fit them."""
-    if plan.device.type == "cpu":
-        return Lane("cpu", plan.device, plan.workers, plan.memory_budget)
-    budget = max(1, plan.memory_budget - len(plan.devices) * STAGING)
-    return Lane("cpu", torch.device("cpu"), 1, budget)
+    cpu = torch.device("cpu")
+    if not plan.has_devices:
+        return Lane("cpu", cpu, plan.workers, plan.memory_budget)
+    return Lane("cpu", cpu, 1, max(1, plan.memory_budget - len(plan.devices) * STAGING))
 
 
 def device_lanes(plan: MergePlan) -> list[StagedLane]:

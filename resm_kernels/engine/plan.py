@@ -206,7 +206,7 @@ class Step:
     def stays_on_host(self, plan: MergePlan) -> bool:
         """Whether the CPU has it beside devices: a copy, or more than a device's memory."""
         copied = not any(tensor.experts for tensor in self.tensors)
-        return plan.device.type != "cpu" and (copied or self.memory > plan.device_memory)
+        return plan.has_devices and (copied or self.memory > plan.device_memory)
 
 
 def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
@@ -238,7 +238,7 @@ def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
 
 def _on_host(steps: Sequence[Step], plan: MergePlan) -> list[tuple[Step, int]]:
     """What the CPU merges, and how many at a time."""
-    if plan.device.type == "cpu":
+    if not plan.has_devices:
         return [(step, plan.workers) for step in steps]
     return [(step.on_host, 1) for step in steps if step.stays_on_host(plan)]
 
@@ -248,13 +248,13 @@ def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
     on_host = _on_host(steps, plan)
     workers = on_host[0][1] if on_host else 1
     peak = _peak([step for step, _ in on_host], workers)
-    staging = 0 if plan.device.type == "cpu" else len(plan.devices) * STAGING
+    staging = len(plan.devices) * STAGING if plan.has_devices else 0
     return max(min(peak + staging, plan.memory_budget), staging)
 
 
 def predicted_device_peak(steps: Sequence[Step], plan: MergePlan) -> int:
     """Predicted most bytes of tensors in one device's memory at once; 0 for the CPU."""
-    if plan.device.type == "cpu":
+    if not plan.has_devices:
         return 0
     there = [step for step in steps if not step.stays_on_host(plan)]
     return min(_peak(there, plan.workers, len(plan.devices)), plan.device_memory)
@@ -293,8 +293,8 @@ class MergePlan:
     workers : int
         Weights merged at the same time, on each device.
     memory_budget, device_memory : int
-        Resolved engine options, in bytes; like `workers` and the number of devices they do not
-        change the bytes.
+        Resolved engine options, in bytes, the second for each device and 0 for the CPU; like
+        `workers` and the number of devices they do not change the bytes.
     """
 
     recipe: Recipe
@@ -315,6 +315,11 @@ class MergePlan:
     def device(self) -> torch.device:
         """The first device; all are of its kind."""
         return self.devices[0]
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether there are devices beside the CPU."""
+        return self.device_memory > 0
 
     @property
     def read_bytes(self) -> int:
@@ -442,7 +447,7 @@ def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergeP
 
 
 def _workers(steps: Sequence[Step], plan: MergePlan) -> int:
-    if plan.device.type == "cpu":
+    if not plan.has_devices:
         weights = [(step.memory, step.cost) for step in steps]
         slots = usable_cores() // plan.options.threads
         return choose_workers(slots, weights, plan.memory_budget)

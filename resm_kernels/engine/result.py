@@ -163,7 +163,12 @@ class MergeReport:
 
     @property
     def notes(self) -> dict[str, tuple[str, ...]]:
-        """Clamps, fallbacks and warnings by tensor."""
+        """Clamps, fallbacks and warnings by tensor, the same in every run of one plan."""
+        return {name: result.notes for name, result in self.tensors.items() if result.notes}
+
+    @property
+    def all_notes(self) -> dict[str, tuple[str, ...]]:
+        """The same, and where a device ran out of memory."""
         found = {name: (*r.notes, *r.memory_notes) for name, r in self.tensors.items()}
         return {name: notes for name, notes in found.items() if notes}
 

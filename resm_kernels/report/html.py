@@ -95,7 +95,7 @@ def expert_names(models: Sequence[object]) -> list[str]:
 def _summary(report: MergeReport) -> str:
     moved = report.read_bytes + report.written_bytes
     rate = moved / report.seconds if report.seconds else 0.0
-    notes = sum(map(len, report.notes.values()))
+    notes = sum(map(len, report.all_notes.values()))
     facts = [
         (f"{len(report.tensors):,}", "tensors"),
         (seconds(report.seconds), f"on {report.device}, {report.workers} workers"),
@@ -158,7 +158,7 @@ def _short_digest(digest: object) -> str:
 def _notes(report: MergeReport) -> str:
     """Notes that differ in their tensor alone stand together."""
     groups: dict[str, list[str]] = {}
-    for name, notes in sorted(report.notes.items()):
+    for name, notes in sorted(report.all_notes.items()):
         for note in notes:
             groups.setdefault(note, []).append(name)
     rows = [

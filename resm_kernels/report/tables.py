@@ -67,7 +67,7 @@ def report_table(report: MergeReport) -> RenderableType:
     }
     if report.kept_shards:
         facts["resumed"] = f"{report.kept_shards} shards were finished before"
-    notes = [f"{name}: {note}" for name, found in report.notes.items() for note in found]
+    notes = [f"{name}: {note}" for name, found in report.all_notes.items() for note in found]
     lines = [Text(line, style="yellow") for line in notes[:SHOWN_NOTES]]
     if len(notes) > SHOWN_NOTES:
         lines.append(Text(f"and {len(notes) - SHOWN_NOTES} more notes: see resm_report.json"))
@@ -80,7 +80,7 @@ def sweep_table(reports: Mapping[str, MergeReport]) -> RenderableType:
     for heading in ("output", "method", "tensors", "written", "notes"):
         table.add_column(heading, justify="right" if heading in ("tensors", "written") else "left")
     for report in reports.values():
-        notes = sum(len(found) for found in report.notes.values())
+        notes = sum(len(found) for found in report.all_notes.values())
         table.add_row(
             Text(report.output),
             report.method,
