@@ -24,12 +24,14 @@ from resm_kernels.report.page import (
     seconds,
     table,
     tiles,
+    timeline,
 )
 from resm_kernels.report.tables import size
 
 MAX_NOTES = 60
 MAX_RECIPE = 20_000
 SLOWEST = 5
+MAX_THREADS = 64
 POINTS = 18
 """Most values drawn of one spectrum."""
 TRUNCATING = ("resm", "tsvm")
@@ -103,6 +105,11 @@ def _summary(report: MergeReport) -> str:
         (size(report.written_bytes), f"written, {size(report.read_bytes)} read"),
         (size(report.peak_memory), f"peak memory, {size(report.predicted_memory)} planned"),
         (f"{notes:,}", "clamps, fallbacks, warnings"),
+    ]
+    planned = size(report.predicted_device_memory)
+    facts += [
+        (size(peak), f"peak on {name}, {planned} planned")
+        for name, peak in itertools.islice(report.peak_device_memory.items(), MAX_THREADS)
     ]
     if report.kept_shards:
         facts.append((f"{report.kept_shards:,}", "shards kept from an earlier run"))
@@ -203,7 +210,25 @@ def _times(report: MergeReport) -> str:
         ],
         1,
     )
-    return f"<div class=pair>{card('Stages', stages + why)}{card('Slowest weights', each)}</div>"
+    pair = f"<div class=pair>{card('Stages', stages + why)}{card('Slowest weights', each)}</div>"
+    return pair + _timeline(report, order)
+
+
+def _timeline(report: MergeReport, order: Mapping[str, int]) -> str:
+    """When each thread was busy, in the order of the stages."""
+    end = max(
+        (edge for edges in report.timeline.values() for one in edges[-1:] if (edge := number(one))),
+        default=0.0,
+    )
+    if not end:
+        return ""
+    names = sorted(report.timeline, key=lambda name: (order.get(name.split(" ")[0], 4), name))
+    rows = []
+    for name in names[:MAX_THREADS]:
+        line, busy = timeline(report.timeline[name], end)
+        rows.append((esc(name, 60), f"{100 * busy / end:.0f} %", line))
+    listed = table(["thread", "busy", f"when, in {seconds(end)}"], rows, 1)
+    return card("When threads were busy", listed)
 
 
 Value = Callable[[TensorResult, int], "float | None"]

@@ -36,10 +36,19 @@ def plan_table(plan: MergePlan) -> RenderableType:
             "written": f"{size(plan.write_bytes)} in {len(plan.layouts)} shards",
             "peak memory": f"{size(plan.peak_memory)} beside the interpreter "
             f"(budget {size(plan.memory_budget)})",
-            "runs on": f"{plan.device}, {plan.workers} workers x {plan.options.threads} threads",
+            **_device_facts(plan),
+            "runs on": f"{', '.join(map(str, plan.devices))}; {plan.workers} workers "
+            f"{'each ' * (len(plan.devices) > 1)}x {plan.options.threads} threads",
         }
     )
     return Group(by_rule, totals, *_left_out(plan.left_out))
+
+
+def _device_facts(plan: MergePlan) -> dict[str, str]:
+    if not plan.has_devices:
+        return {}
+    planned, budget = size(plan.peak_device_memory), size(plan.device_memory)
+    return {"GPU memory": f"{planned} on each device (budget {budget})"}
 
 
 def sweep_facts(plans: Sequence[MergePlan]) -> RenderableType:
@@ -65,6 +74,9 @@ def report_table(report: MergeReport) -> RenderableType:
         "time": f"{report.seconds:.1f} s ({size(int(moved))}/s read and written)",
         "peak memory": f"{size(report.peak_memory)} (planned {size(report.predicted_memory)})",
     }
+    planned = size(report.predicted_device_memory)
+    for name, peak in report.peak_device_memory.items():
+        facts[f"peak on {name}"] = f"{size(peak)} (planned {planned})"
     if report.kept_shards:
         facts["resumed"] = f"{report.kept_shards} shards were finished before"
     notes = [f"{name}: {note}" for name, found in report.all_notes.items() for note in found]
