@@ -171,12 +171,13 @@ class StagedLane(Lane):
 
         def copied(i: int) -> tuple[torch.Tensor, Mark]:
             with self._leaving(done):
-                flat = result.contiguous().reshape(-1).view(torch.uint8)
                 view = self._out[i % BUFFERS_OUT][: parts[i].stop - parts[i].start]
                 view.copy_(flat[parts[i]], non_blocking=True)
                 return view, self.mark()
 
-        parts = [*chunks(result.numel() * result.element_size(), self._piece)]
+        with self._leaving(done):
+            flat = result.contiguous().reshape(-1).view(torch.uint8)
+        parts = [*chunks(flat.numel(), self._piece)]
         ahead = copied(0) if parts else None
         for i in range(1, len(parts) + 1):
             assert ahead is not None

@@ -46,6 +46,8 @@ GPU_WORKERS = 2
 other's products. Not yet measured."""
 GPU_SHARE = 0.85
 """Share of a device's free memory that is used by default; libraries keep some for themselves."""
+CUBLAS_SPACE = 32 << 20
+"""Bytes that cuBLAS keeps for each stream of a Hopper card; less on older ones."""
 BYTE_COST = 40.0
 """Operations in whose time a core moves one byte of an element-wise merge."""
 MARGIN = 64 << 20
@@ -257,7 +259,9 @@ def predicted_device_peak(steps: Sequence[Step], plan: MergePlan) -> int:
     if not plan.has_devices:
         return 0
     there = [step for step in steps if not step.stays_on_host(plan)]
-    return min(_peak(there, plan.workers, len(plan.devices)), plan.device_memory)
+    streams = plan.workers * (1 + len(plan.experts))
+    libraries = streams * CUBLAS_SPACE if plan.device.type == "cuda" else 0
+    return min(_peak(there, plan.workers, len(plan.devices)), plan.device_memory) + libraries
 
 
 def _peak(steps: Sequence[Step], workers: int, devices: int = 1) -> int:
