@@ -93,7 +93,7 @@ def test_processes_hash_seeds_workers_and_shard_sizes(tmp_path: Path) -> None:
     assert len({value for values in one.values() for value in values}) == 2 * len(METHODS)
 
 
-@pytest.mark.parametrize("workers", (1, 4))
+@pytest.mark.parametrize("workers", [1, 4])
 def test_resumed_at_any_tensor(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

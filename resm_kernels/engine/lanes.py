@@ -9,7 +9,6 @@ memory and no streams.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import queue
 import threading
@@ -22,6 +21,7 @@ from resm_kernels.checkpoint.files import PIECE
 from resm_kernels.checkpoint.reader import HOST, Fill, Place
 from resm_kernels.checkpoint.writer import tensor_bytes
 from resm_kernels.engine.ledger import Account
+from resm_kernels.errors import PlanError
 from resm_kernels.linalg import FactoredDelta
 from resm_kernels.ops.dtypes import chunks
 
@@ -287,6 +287,17 @@ def host_lane(plan: MergePlan) -> Lane:
 
 
 def device_lanes(plan: MergePlan) -> list[StagedLane]:
-    """A lane per device of the plan; none for the CPU."""
-    make = functools.partial(CudaLane, workers=plan.workers, budget=plan.device_memory)
-    return [make(str(device), device) for device in plan.devices if device.type == "cuda"]
+    """A lane per device of the plan; none for the CPU.
+
+    Raises
+    ------
+    PlanError
+        Where a device cannot be used.
+    """
+    lanes: list[StagedLane] = []
+    for device in plan.devices if plan.has_devices else ():
+        try:
+            lanes.append(CudaLane(str(device), device, plan.workers, plan.device_memory))
+        except RuntimeError as error:
+            raise PlanError(f"{device} cannot be used: {error}", fix="use --device cpu") from error
+    return lanes

@@ -33,7 +33,7 @@ from resm_kernels.engine.workers import choose_workers
 from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.methods import Method, Split, split_of
 from resm_kernels.methods.arithmetic import chunk_workspace
-from resm_kernels.ops.dtypes import chunk_on
+from resm_kernels.ops.dtypes import planned_chunk
 from resm_kernels.ops.launch import architecture, triton_version
 from resm_kernels.recipe import Recipe, holds, layer_positions
 
@@ -677,7 +677,8 @@ def _workspace(
             method.workspace(part, experts, itemsize, settings, device) for part in shapes
         )
     if device != "cpu" and method is not None and method.by_matrix:
-        workspace = max(workspace, 8 * (experts + 2) * chunk_on(device))  # to measure it
+        measuring = 8 * (experts + 2) * planned_chunk(shape, device)
+        workspace = max(workspace, measuring)
     if split:  # parts that are not views of their tensors
         workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))
     whole = 0 if in_core is not None else sum(isinstance(s, FactorSource) for s in sources)
@@ -756,5 +757,9 @@ def _device_memory(devices: Sequence[torch.device], options: EngineOptions) -> i
         return 0
     if options.gpu_memory is not None:
         return options.gpu_memory
-    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    try:
+        free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    except RuntimeError as error:
+        names = ", ".join(map(str, devices))
+        raise PlanError(f"{names} cannot be used: {error}", fix="use --device cpu") from error
     return max(1, int(GPU_SHARE * free))
