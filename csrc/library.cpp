@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <tuple>
 #include <utility>
 
 namespace resm {
@@ -31,40 +32,28 @@ std::string path_of(void* symbol) {
 }  // namespace
 
 Library::Library(const std::vector<std::string>& solver, const std::vector<std::string>& runtime) {
-  try {
-    runtime_ = open_first("the CUDA runtime", runtime);
-    solver_ = open_first("cuSOLVER", solver);
-    std::string absent;
+  void* const from_runtime = open_first("the CUDA runtime", runtime);
+  void* const from_solver = open_first("cuSOLVER", solver);
+  std::string absent;
 #define RESM_FIND(name, result, arguments) \
-  name = reinterpret_cast<decltype(name)>(dlsym(solver_, #name));
-    RESM_CUSOLVER(RESM_FIND)
+  name = reinterpret_cast<decltype(name)>(dlsym(from_solver, #name));
+  RESM_CUSOLVER(RESM_FIND)
 #undef RESM_FIND
-#define RESM_FIND(name, result, arguments)                         \
-  name = reinterpret_cast<decltype(name)>(dlsym(runtime_, #name)); \
+#define RESM_FIND(name, result, arguments)                             \
+  name = reinterpret_cast<decltype(name)>(dlsym(from_runtime, #name)); \
   if (!name) absent += std::string(" ") + #name;
-    RESM_CUDART(RESM_FIND)
+  RESM_CUDART(RESM_FIND)
 #undef RESM_FIND
-    const std::pair<const char*, bool> needed[] = {
-        {"cusolverGetProperty", cusolverGetProperty},
-        {"cusolverDnCreate", cusolverDnCreate},
-        {"cusolverDnDestroy", cusolverDnDestroy},
-        {"cusolverDnSetStream", cusolverDnSetStream},
-        {"cusolverDnCreateParams", cusolverDnCreateParams},
-        {"cusolverDnDestroyParams", cusolverDnDestroyParams}};
-    for (const auto& [name, found] : needed)
-      if (!found) absent += std::string(" ") + name;
-    if (!absent.empty()) throw CusolverError("cuSOLVER or the CUDA runtime lacks" + absent);
-  } catch (...) {
-    close();
-    throw;
-  }
-}
-
-Library::~Library() { close(); }
-
-void Library::close() {
-  if (solver_) dlclose(solver_);
-  if (runtime_) dlclose(runtime_);
+  const std::pair<const char*, bool> needed[] = {
+      {"cusolverGetProperty", cusolverGetProperty},
+      {"cusolverDnCreate", cusolverDnCreate},
+      {"cusolverDnDestroy", cusolverDnDestroy},
+      {"cusolverDnSetStream", cusolverDnSetStream},
+      {"cusolverDnCreateParams", cusolverDnCreateParams},
+      {"cusolverDnDestroyParams", cusolverDnDestroyParams}};
+  for (const auto& [name, found] : needed)
+    if (!found) absent += std::string(" ") + name;
+  if (!absent.empty()) throw CusolverError("cuSOLVER or the CUDA runtime lacks" + absent);
 }
 
 std::map<std::string, std::string> Library::missing() const {

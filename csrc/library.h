@@ -15,11 +15,11 @@ struct CusolverError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Never closed: CUDA's libraries have exit handlers, which must not be unmapped before they run.
 class Library {
  public:
   // Opens the first of each list that can be: what the process already holds comes first.
   Library(const std::vector<std::string>& solver, const std::vector<std::string>& runtime);
-  ~Library();
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
@@ -36,11 +36,6 @@ class Library {
   RESM_CUSOLVER(RESM_POINTER)
   RESM_CUDART(RESM_POINTER)
 #undef RESM_POINTER
-
- private:
-  void close();
-  void* solver_ = nullptr;
-  void* runtime_ = nullptr;
 };
 
 }  // namespace resm
