@@ -11,7 +11,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from resm_kernels import __version__
@@ -275,6 +274,8 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from resm_kernels import api
@@ -445,6 +446,8 @@ def _rehearsal(
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from resm_kernels import api
 
     found = api.verify(options.path)
