@@ -42,14 +42,14 @@ lint: $(VENV)/dev.done
 kernels: $(VENV)/dev.done
 	$(BIN)/python -m benchmarks.compile
 
-# The extension and the fake cuSOLVER under AddressSanitizer and UBSan; under a minute.
+# The extension and the fake cuSOLVER under AddressSanitizer and UBSan; about 40 s of one core.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -O0
 sanitize: $(VENV)/dev.done
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CXXFLAGS="$(SANITIZE)" \
 	RESM_TEST_EXTENSION="$$(echo build/sanitize/resm_kernels/_cusolver.*.so)" \
-	$(BIN)/python -m pytest -p no:cacheprovider tests/test_cusolver.py
+	$(BIN)/python -m pytest --capture=sys -p no:cacheprovider tests/test_cusolver.py
 
 # Seconds for each of the eleven targets; needs a Python that atheris has wheels for (3.11 to 3.13).
 FUZZ_SECONDS ?= 60

@@ -18,9 +18,10 @@ from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.journal import PAGE, REPORT
 from resm_kernels.checkpoint.manifest import Verification, verify_folder
 from resm_kernels.engine.comparison import Comparison, compare_checkpoints
+from resm_kernels.engine.flow import Progress
 from resm_kernels.engine.inspection import Inspection, inspect_experts
 from resm_kernels.engine.options import EngineOptions, parse_size
-from resm_kernels.engine.pipeline import Progress, run_plan, run_plans
+from resm_kernels.engine.pipeline import run_plan, run_plans
 from resm_kernels.engine.plan import MergePlan, make_plan, make_plans
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import NonFiniteError, UsageError, VerificationError
@@ -57,6 +58,7 @@ def merge(
     workers: int | None = None,
     threads: int = 1,
     memory_budget: int | str | None = None,
+    gpu_memory: int | str | None = None,
     shard_size: int | str = "5GB",
     nonfinite: Literal["error", "warn"] = "error",
     allow_missing: bool = False,
@@ -86,7 +88,8 @@ def merge(
         scalars, layer gradients, or lists of `{"filter": ..., "value": ...}`.
     out_dtype : str, optional
         `bfloat16`, `float16`, `float32` or `float64`; by default every tensor keeps the base's.
-    device, workers, threads, memory_budget, shard_size, nonfinite, allow_missing, allow_extra
+    device, workers, threads, memory_budget, gpu_memory, shard_size, nonfinite, allow_missing, \
+allow_extra
         See `EngineOptions`; sizes in bytes or as `"5GB"`.
     only : sequence of str, optional
         Patterns of tensor names, as in `exclude`: merge just these, to the bytes that they have in
@@ -127,6 +130,7 @@ def merge(
         workers=workers,
         threads=threads,
         memory_budget=memory_budget,
+        gpu_memory=gpu_memory,
         shard_size=shard_size,
         nonfinite=nonfinite,
         allow_missing=allow_missing,
@@ -307,12 +311,14 @@ def _written_files(report: MergeReport) -> dict[str, bytes]:
 def _engine(
     memory_budget: int | str | None = None,
     shard_size: int | str = "5GB",
+    gpu_memory: int | str | None = None,
     only: str | Sequence[str] = (),
     **options: Any,
 ) -> EngineOptions:
     return EngineOptions(
         only=(only,) if isinstance(only, str) else tuple(only),
         memory_budget=None if memory_budget is None else parse_size(memory_budget),
+        gpu_memory=None if gpu_memory is None else parse_size(gpu_memory),
         shard_size=parse_size(shard_size),
         **options,
     )

@@ -11,7 +11,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from resm_kernels import __version__
@@ -213,9 +212,15 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     how.add_argument(
         "--device",
         default="cpu",
-        help="cpu (default), cuda, cuda:N or auto; nothing has been measured on a GPU yet",
+        help="cpu (default), cuda, cuda:N, cuda:N,cuda:M, all or auto; nothing has been measured "
+        "on a GPU yet",
     )
-    how.add_argument("--workers", type=int, metavar="N", help="weights merged at a time")
+    how.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="weights merged at a time on each device (default: one per core, two on a GPU)",
+    )
     how.add_argument(
         "--threads",
         type=int,
@@ -227,6 +232,11 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         "--memory-budget",
         metavar="SIZE",
         help="most tensor bytes in memory, such as 8GB (default: 60%% of free)",
+    )
+    how.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="most tensor bytes on each GPU (default: 85%% of free)",
     )
     how.add_argument(
         "--shard-size",
@@ -264,6 +274,8 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from resm_kernels import api
@@ -355,10 +367,9 @@ def _execution(options: argparse.Namespace) -> dict[str, Any]:
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `api.plan` that say how to merge."""
-    names = ("device", "workers", "threads", "memory_budget", "shard_size", "nonfinite")
-    return {
-        name: getattr(options, name) for name in (*names, "allow_missing", "allow_extra", "only")
-    }
+    names = ("device", "workers", "threads", "memory_budget", "gpu_memory", "shard_size")
+    more = ("nonfinite", "allow_missing", "allow_extra", "only")
+    return {name: getattr(options, name) for name in (*names, *more)}
 
 
 def _what(options: argparse.Namespace) -> dict[str, Any]:
@@ -435,6 +446,8 @@ def _rehearsal(
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from resm_kernels import api
 
     found = api.verify(options.path)

@@ -24,7 +24,7 @@ import torch
 import resm_kernels
 from resm_kernels.checkpoint import files
 from resm_kernels.checkpoint.journal import JOURNAL, partial_folder
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import flow
 from resm_kernels.errors import OutputError, ResmError
 from tests.checkpoints import contents, fine_tuned, make_state, save
 
@@ -186,14 +186,14 @@ def resume(scene: Scene, output: Path) -> tuple[int, int]:
     lines = journal.read_bytes().split(b"\n")[1:-1] if journal.exists() else []
     kept = {name for line in lines for name in json.loads(line)["digests"]}
     merged = []
-    original = pipeline.merge_planned
+    original = flow.merge_planned
 
     def counted(plan: Any, tensor: Any, inputs: Any) -> Any:
         merged.append(tensor.name)
         return original(plan, tensor, inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "merge_planned", counted)
+        patch.setattr(flow, "merge_planned", counted)
         report = scene.merge(output, resume=True)
     scene.assert_whole(output)
     assert kept.isdisjoint(merged)

@@ -51,6 +51,12 @@ def made_up(
         "left_out": {},
         "seconds": 1234.5,
         "stage_seconds": {"read": 60.0, "compute": 2400.0, "write": 20.0, "finish": 15.0},
+        "timeline": {
+            "read 0": [0.0, 30.0, 40.5, 70.5],
+            **{f"compute {i}": [2.0 + i, 1200.0, 1210.0, 1230.25] for i in range(2)},
+            "write 0": [600.0, 620.0],
+            "finish 0": [1219.5, 1234.5],
+        },
         "read_bytes": 64 * 10**9,
         "written_bytes": 16 * 10**9,
         "inputs": [{"model": "x", "digest": f"{t:064x}"} for t in range(experts + 1)],

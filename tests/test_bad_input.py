@@ -135,7 +135,7 @@ COMMANDS = [
     bad("recipe is a folder", command("merge", "in", "out"), "in: ", "Is a directory", code=2),
     bad("no CUDA", no_cuda, "cuda is not there", "0 CUDA devices", "--device cpu",
         code=2, options=("--device", "cuda")),
-    wrong("unknown device", "--device tpu", "device: got 'tpu'", "auto, cpu, cuda or cuda:N"),
+    wrong("unknown device", "--device tpu", "device: got 'tpu'", "cuda:N or cuda:N,cuda:M"),
     wrong("negative device", "--device cuda:-1", "device: got 'cuda:-1'"),
     wrong("unknown option", "--lambada 1", "unrecognized arguments: --lambada"),
     wrong("unknown method", "--method resn", "merge_method: got 'resn'", "did you mean 'resm'?"),

@@ -17,7 +17,7 @@ import resm_kernels
 from resm_kernels.checkpoint import journal, writer
 from resm_kernels.checkpoint.journal import JOURNAL, OutputFolder
 from resm_kernels.checkpoint.layout import read_safetensors_header
-from resm_kernels.engine import matching, pipeline
+from resm_kernels.engine import flow, matching, target
 from resm_kernels.errors import OutputError, ResmError
 from tests.checkpoints import contents, save_family
 from tests.faults import Scene, kill_at_call, resume, small_scene, threads
@@ -181,12 +181,12 @@ def test_two_merges_cannot_share_an_output(tmp_path: Path) -> None:
 
 STAGES = {
     "read": (matching, "read_tensor"),
-    "compute": (pipeline, "merge_planned"),
-    "write": (writer.ShardFile, "write"),
+    "compute": (flow, "merge_planned"),
+    "write": (writer.ShardFile, "write_pieces"),
     "finish": (writer.ShardFile, "finish"),
     "journal": (OutputFolder, "shard_done"),
-    "companions": (pipeline, "companion_files"),
-    "manifest": (pipeline, "build_manifest"),
+    "companions": (target, "companion_files"),
+    "manifest": (target, "build_manifest"),
     "rename": (journal.os, "rename"),
 }
 
@@ -236,13 +236,13 @@ def test_a_disk_that_returns_other_bytes_is_caught_before_the_shard_has_a_name(
 
 def _merge_slowly(base: Path, experts: list[Path], output: Path) -> None:
     """Merge with a slow worker; an interrupt must wait for it and then leave no thread behind."""
-    original = pipeline.merge_planned
+    original = flow.merge_planned
 
     def slow(*arguments: object) -> object:
         time.sleep(0.5)
         return original(*arguments)  # type: ignore[arg-type]
 
-    pipeline.merge_planned = slow  # type: ignore[assignment]
+    flow.merge_planned = slow  # type: ignore[assignment]
     try:
         resm_kernels.merge(base, experts, output, workers=2)
     except KeyboardInterrupt:

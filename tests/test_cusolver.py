@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -712,6 +713,7 @@ def test_python_goes_on_while_a_solver_runs(fake_cusolver: Fake) -> None:
     thread.start()
     while not fake_cusolver.count("Xsyevd"):
         assert thread.is_alive()
+        time.sleep(0.001)
     fake_cusolver.gate(closed=False)
     thread.join()
     assert torch.allclose(found[0].values, torch.linalg.eigvalsh(matrix), atol=1e-12)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import resm_kernels
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import flow
 from tests.checkpoints import contents, fine_tuned, make_state, save
 from tests.test_merge import METHODS, load
 
@@ -21,7 +21,7 @@ SHAPES = {
     **{f"layers.{i}.up_proj.weight": (160, 96) for i in range(4)},
     **{f"layers.{i}.norm.weight": (96,) for i in range(4)},
 }
-WORKERS = (1, 4)
+WORKERS = (None, 1, 4)
 SHARD_SIZES = ("1GB", "1B")
 SCRIPT = """
 import json, sys
@@ -93,7 +93,7 @@ def test_processes_hash_seeds_workers_and_shard_sizes(tmp_path: Path) -> None:
     assert len({value for values in one.values() for value in values}) == 2 * len(METHODS)
 
 
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("workers", [1, 4])
 def test_resumed_at_any_tensor(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +101,7 @@ def test_resumed_at_any_tensor(
     base, experts = family(tmp_path)
     resm_kernels.merge(base, experts, tmp_path / "whole", shard_size="40KB")
     expected = files(tmp_path / "whole")
-    original = pipeline.merge_planned
+    original = flow.merge_planned
     left = 0
 
     def breaking(*arguments: object) -> object:
@@ -115,7 +115,7 @@ def test_resumed_at_any_tensor(
         output = tmp_path / f"out{moment}"
         left = moment
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "merge_planned", breaking)
+            patch.setattr(flow, "merge_planned", breaking)
             with pytest.raises(KeyboardInterrupt):
                 resm_kernels.merge(base, experts, output, shard_size="40KB", workers=workers)
         resm_kernels.merge(base, experts, output, shard_size="40KB", resume=True, workers=3)

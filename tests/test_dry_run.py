@@ -34,6 +34,7 @@ from resm_kernels.engine.rates import (
 )
 from resm_kernels.errors import OutputError, PlanError
 from resm_kernels.linalg import Work
+from resm_kernels.report.tables import machine_facts
 from tests.adapters import write_adapter
 from tests.checkpoints import SHAPES, fine_tuned, make_state, save, save_family
 
@@ -182,8 +183,11 @@ def test_a_sweep_shares_reading_and_factoring(tmp_path: Path) -> None:
 
 
 def test_another_device_is_not_predicted(tmp_path: Path) -> None:
-    plan = dataclasses.replace(planned(save_family(tmp_path)), device=torch.device("cuda"))
+    devices = tuple(torch.device("cuda", i) for i in range(2))
+    plan = dataclasses.replace(planned(save_family(tmp_path)), devices=devices)
     assert forecast([plan], made_up()) is None
+    facts = machine_facts([plan], (1, 2), made_up())
+    assert facts["time"] == "unknown on cuda:0, cuda:1: only the CPU's rates are measured"
 
 
 def test_rates_are_kept(cache: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import flow, pipeline
 from resm_kernels.errors import OutputError, ResmError
 from tests.faults import (
     FAULTS,
@@ -116,7 +116,7 @@ def test_an_input_that_changes_between_two_tensors(
     """Whenever it happens: one error that names it, and a resume once it is back."""
     (path,) = (p for p in scene.experts[expert].iterdir() if p.name != "config.json")
     shutil.copy2(path, tmp_path / "saved")
-    original = pipeline.merge_planned
+    original = flow.merge_planned
     countdown = 0
 
     def damaging(plan: Any, tensor: Any, inputs: Any) -> Any:
@@ -130,7 +130,7 @@ def test_an_input_that_changes_between_two_tensors(
         countdown = moment
         output = tmp_path / f"out{moment}"
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "merge_planned", damaging)
+            patch.setattr(flow, "merge_planned", damaging)
             with pytest.raises(ResmError, match=re.escape(str(path))):
                 scene.merge(output)
         assert not output.exists()
@@ -190,13 +190,13 @@ def test_a_file_size_limit_is_an_error_and_resumable(tmp_path: Path) -> None:
 ON_A_SMALL_DISK = """
 import os, sys, threading
 from pathlib import Path
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import flow
 from resm_kernels.errors import OutputError
 from tests.faults import large_scene, resume
 
 disk = Path(sys.argv[1])
 scene = large_scene(Path(sys.argv[2]))
-original, done, turn = pipeline.merge_planned, [], threading.Lock()
+original, done, turn = flow.merge_planned, [], threading.Lock()
 
 def filling(plan, tensor, inputs):
     with turn:  # nobody merges on while the disk fills
@@ -210,7 +210,7 @@ def filling(plan, tensor, inputs):
                     os.truncate(disk / "filler", max(file.tell() - 65536, 0))
     return original(plan, tensor, inputs)
 
-pipeline.merge_planned = filling
+flow.merge_planned = filling
 try:
     scene.merge(disk / "out")
 except OutputError as error:
@@ -220,7 +220,7 @@ else:
     sys.exit("the disk was not full")
 assert not (disk / "out").exists() and len(done) >= 20
 os.unlink(disk / "filler")
-pipeline.merge_planned = original
+flow.merge_planned = original
 kept, merged = resume(scene, disk / "out")
 assert kept and merged, (kept, merged)
 os.system(f"mount -o remount,ro {disk}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import resm_kernels
 from resm_kernels.api import merge_tensors
 from resm_kernels.linalg import (
     FactoredDelta,
@@ -19,6 +21,8 @@ from resm_kernels.linalg import (
 )
 from resm_kernels.linalg.solver import Mode
 from tests import oracle
+from tests.checkpoints import contents, fine_tuned, make_state, save
+from tests.test_merge import load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -238,3 +242,52 @@ def test_factored_and_dense_experts_merge_together(mode: Mode) -> None:
     merged = (merge.left.double() @ merge.right.double().T).cpu().numpy()
     assert oracle.error(merged, reference) <= (1e-2 if mode == "fast" else 1e-5)
     assert merge.left.device == dense.device
+
+
+def model_files(folder: Path) -> dict[str, bytes]:
+    return {n: d for n, d in contents(folder).items() if not n.startswith("resm_report.")}
+
+
+@pytest.mark.parametrize("method", ["resm", "ties"])
+def test_from_disk_to_disk(method: str, tmp_path: Path) -> None:
+    """Any workers and devices give the same bytes, near the CPU's, in the memory planned."""
+    shapes = {f"layers.{i}.up_proj.weight": SHAPE for i in range(6)} | {"norm.weight": (300,)}
+    state = make_state(shapes=shapes, dtype=torch.float32)
+    state["steps"] = torch.arange(7)
+    base = save(tmp_path / "base", state)
+    experts = [save(tmp_path / f"e{t}", fine_tuned(state, t + 1)) for t in range(3)]
+    resm_kernels.merge(base, experts, tmp_path / "cpu", method)
+    reports = {}
+    for name, workers in ((DEVICE, 1), (DEVICE, 2), ("all", None)):
+        output = tmp_path / f"{name}-{workers}"
+        report = resm_kernels.merge(base, experts, output, method, device=name, workers=workers)
+        reports[output] = report
+        assert not any(result.memory_notes for result in report.tensors.values())
+        peaks = report.peak_device_memory.values()
+        assert all(0 < peak <= report.predicted_device_memory for peak in peaks)
+    first, *others = map(model_files, reports)
+    assert all(other == first for other in others)
+    origin, merged, expected = (load(f) for f in (base, next(iter(reports)), tmp_path / "cpu"))
+    assert torch.equal(merged["steps"], expected["steps"])
+    for tensor in shapes:
+        change = (expected[tensor] - origin[tensor]).norm()
+        assert (merged[tensor] - expected[tensor]).norm() <= 1e-4 * change
+
+
+def test_too_little_device_memory_ends_on_the_cpu(tmp_path: Path) -> None:
+    """A limit of the allocator itself, below what was planned with."""
+    shapes = {f"layers.{i}.up_proj.weight": (1024, 1024) for i in range(3)}
+    state = make_state(shapes=shapes)
+    base = save(tmp_path / "base", state)
+    experts = [save(tmp_path / f"e{t}", fine_tuned(state, t + 1)) for t in range(3)]
+    resm_kernels.merge(base, experts, tmp_path / "cpu", "tsvm")
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**24) / total)
+    try:
+        report = resm_kernels.merge(base, experts, tmp_path / "out", "tsvm", device=DEVICE)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert set(report.all_notes) == set(shapes)
+    merged, expected = load(tmp_path / "out"), load(tmp_path / "cpu")
+    assert all(torch.equal(merged[name], expected[name]) for name in shapes)

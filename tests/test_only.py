@@ -13,7 +13,7 @@ import resm_kernels
 from resm_kernels.checkpoint.files import unseal
 from resm_kernels.checkpoint.journal import MANIFEST, REPORT
 from resm_kernels.cli import main
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import target
 from resm_kernels.errors import PlanError, UsageError
 from tests.checkpoints import contents, fine_tuned, make_state, save, save_family
 from tests.test_merge import load
@@ -124,7 +124,7 @@ def test_a_part_resumes_and_not_as_another_part(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build_manifest", stop)
+        patch.setattr(target, "build_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
             resm_kernels.merge(base, experts, tmp_path / "out", **given)
     for other in ({"shard_size": "100B"}, {**given, "only": ["*"]}):

@@ -21,13 +21,13 @@ import resm_kernels
 from resm_kernels.checkpoint.files import seal, unseal
 from resm_kernels.checkpoint.journal import MANIFEST, PAGE, REPORT
 from resm_kernels.cli import main
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import flow, target
 from resm_kernels.engine.measures import POINTS, spectrum_points, spectrum_positions
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import VerificationError
 from resm_kernels.linalg import leading_subspaces, subspace_overlap
 from resm_kernels.report.html import merge_page
-from resm_kernels.report.page import Scale, tiny
+from resm_kernels.report.page import Scale, timeline, tiny
 from tests.adapters import write_adapter
 from tests.checkpoints import contents, fine_tuned, make_state, save, save_family
 from tests.reports import llama_shapes, made_up
@@ -249,7 +249,7 @@ def test_a_resumed_merge_keeps_what_was_measured(
 ) -> None:
     base, experts = family
     whole = resm_kernels.merge(base, experts, tmp_path / "whole", shard_size="700B", workers=1)
-    original, left = pipeline.merge_planned, 6
+    original, left = flow.merge_planned, 6
 
     def breaking(*given: Any) -> Any:
         nonlocal left
@@ -259,7 +259,7 @@ def test_a_resumed_merge_keeps_what_was_measured(
         return original(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "merge_planned", breaking)
+        patch.setattr(flow, "merge_planned", breaking)
         with pytest.raises(OSError, match="stopped"):
             resm_kernels.merge(base, experts, tmp_path / "out", shard_size="700B", workers=1)
     resumed = resm_kernels.merge(
@@ -305,6 +305,11 @@ def test_reports_of_earlier_versions_are_drawn(
         lambda c: c.update(recipe={"models": 3}),
         lambda c: c.update(seconds="long"),
         lambda c: c.update(stage_seconds=[1, 2]),
+        lambda c: c.update(timeline={"read 0": 5}),
+        lambda c: c.update(timeline=[1, 2]),
+        lambda c: c.update(timeline={"": [], "x": [None, "a", -1e308, 1e308, 3], "y": [9, 1, 5]}),
+        lambda c: c.update(peak_device_memory=3),
+        lambda c: next(iter(c["tensors"].values())).update(memory_notes=3),
         lambda c: c.update(left_out=5),
         lambda c: c["tensors"].update(x={"name": 1}),
         lambda c: c["tensors"].update(x={"name": "x", "rule": "r", "reason": 0, "shape": 7}),
@@ -326,6 +331,20 @@ def test_forged_reports_are_refused_or_drawn_never_a_traceback(
 
 
 # What the page says
+
+
+def test_the_timeline_shows_when_threads_were_busy() -> None:
+    line, busy = timeline([0.0, 2.0, 3.0, 9.0, 9.001, 10.0, 4.0], 10.0)
+    assert busy == pytest.approx(8.999)
+    assert 'd="M0 5H200M300 5H1000"' in line
+    for edges in ([], [None, 1.0], [5.0, 11.0], [-1.0, 1.0], [3.0, 2.0]):
+        assert timeline(edges, 10.0)[1] == 0.0
+    page = html.unescape(merge_page(made_up(llama_shapes(1))))
+    assert "When threads were busy" in page
+    shown = re.findall(r"<td>((?:read|compute|write|finish) \d)<td>(\d+) %", page)
+    compute = [("compute 0", "99"), ("compute 1", "99")]
+    assert shown == [("read 0", "5"), *compute, ("write 0", "2"), ("finish 0", "1")]
+    assert "When threads were busy" not in merge_page(made_up(llama_shapes(1), timeline={}))
 
 
 def test_the_page_of_a_merge_says_what_was_done(
@@ -370,11 +389,11 @@ def test_an_element_wise_merge_has_a_page_too(
     assert "was not measured" in (tmp_path / "out" / PAGE).read_text()
 
 
-def test_an_8b_model_takes_300_kb_and_the_same_text_each_time() -> None:
+def test_an_8b_model_takes_310_kb_and_the_same_text_each_time() -> None:
     report = made_up(llama_shapes(32))
     page = merge_page(report)
     assert len(report.tensors) == 291
-    assert len(page.encode()) < 300_000
+    assert len(page.encode()) < 310_000
     assert page == merge_page(MergeReport.from_dict(json.loads(json.dumps(report.to_dict()))))
 
 
@@ -407,6 +426,8 @@ def test_nothing_in_names_or_recipes_reaches_the_browser_as_markup() -> None:
             device=HOSTILE[0],
             versions={HOSTILE[2]: HOSTILE[1]},
             stage_seconds={HOSTILE[0]: 1.0},
+            timeline={text: [0.0, 1.0, 1.5] for text in HOSTILE},
+            peak_device_memory=dict.fromkeys(HOSTILE, 1),
             left_out=left_out,
             inputs=[{"model": text, "digest": text} for text in HOSTILE[:4]],
         )
@@ -560,4 +581,4 @@ def test_measures_survive_json() -> None:
     report = made_up(llama_shapes(1))
     again = MergeReport.from_dict(json.loads(json.dumps(report.to_dict())))
     assert asdict(again) == asdict(report)
-    assert pipeline.PAGE == PAGE
+    assert target.PAGE == PAGE

@@ -19,8 +19,9 @@ import resm_kernels
 from resm_kernels.api import plan_sweep
 from resm_kernels.checkpoint.manifest import MANIFEST
 from resm_kernels.cli import main
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import flow
 from resm_kernels.engine.plan import MARGIN
+from resm_kernels.engine.target import Target
 from resm_kernels.errors import OutputError, PlanError, RecipeError, ResmError, UsageError
 from resm_kernels.linalg import Solver
 from resm_kernels.recipe import build_recipe, build_recipes, parse_yaml, read_recipe
@@ -114,7 +115,7 @@ def test_a_broken_sweep_resumes(
     base, experts = family
     settings: dict[str, Any] = {"lambdas": [0.5, 1.0], "shard_size": "600B"}
     resm_kernels.sweep(base, experts, tmp_path / "whole", "resm", **settings)
-    original, left = pipeline.merge_planned, moment
+    original, left = flow.merge_planned, moment
 
     def breaking(*arguments: Any) -> Any:
         nonlocal left
@@ -124,7 +125,7 @@ def test_a_broken_sweep_resumes(
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "merge_planned", breaking)
+        patch.setattr(flow, "merge_planned", breaking)
         with pytest.raises(KeyboardInterrupt):
             resm_kernels.sweep(base, experts, tmp_path / "out", "resm", workers=1, **settings)
     resm_kernels.sweep(base, experts, tmp_path / "out", "resm", resume=True, **settings)
@@ -285,14 +286,14 @@ def test_a_finished_output_is_not_called_unfinished(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    original = pipeline._Target.finish
+    original = Target.finish
 
     def breaking(target: Any, *arguments: Any) -> None:
         if target.folder.output.name == "lambda-1":
             raise KeyboardInterrupt
         original(target, *arguments)
 
-    monkeypatch.setattr(pipeline._Target, "finish", breaking)
+    monkeypatch.setattr(Target, "finish", breaking)
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         resm_kernels.sweep(*family, tmp_path / "out", "tsvm", lambdas=[0.5, 1.0])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"lambda-0.5", "lambda-1.partial"}

@@ -23,6 +23,8 @@ from resm_kernels.checkpoint.layout import (
 from resm_kernels.checkpoint.patterns import Matcher, PatternError
 from resm_kernels.checkpoint.reader import (
     ADAPTER_CONFIG,
+    HOST,
+    Place,
     is_adapter,
     open_checkpoint,
     read_header,
@@ -563,7 +565,9 @@ def _tied_table(base: Checkpoint) -> str | None:
     return tables[0].name if len(tables) == 1 else None
 
 
-def read_factors(adapter: Adapter, pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor]:
+def read_factors(
+    adapter: Adapter, pair: LoraPair, place: Place = HOST
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Read a pair so that the delta of the stored weight is left @ right.T.
 
     Returns
@@ -572,7 +576,7 @@ def read_factors(adapter: Adapter, pair: LoraPair) -> tuple[torch.Tensor, torch.
         Float64 where a factor is, else float32; the scale is in `left`. NaN and Inf are left to
         the caller.
     """
-    a, b = (read_tensor(adapter.files[0], info) for info in (pair.a, pair.b))
+    a, b = (read_tensor(adapter.files[0], info, place) for info in (pair.a, pair.b))
     dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     rows, columns = b.to(dtype), a.to(dtype).T
     if pair.transposed:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -31,6 +33,34 @@ MODEL_FILES = (
     f"pytorch_model.bin{INDEX_SUFFIX}",
 )
 """Names that whole models have."""
+
+Fill = Callable[[memoryview, int], None]
+"""Fills memory with what comes from this byte of the data on."""
+
+
+class Place(Protocol):
+    """Where tensors are read to."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised bytes, aligned for every dtype."""
+
+    def fill(self, data: torch.Tensor, fill: Fill) -> None:
+        """Have every byte of `data` filled, in as many calls as it takes."""
+
+
+class HostMemory:
+    """Plain memory, which files are read straight into."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised bytes."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def fill(self, data: torch.Tensor, fill: Fill) -> None:
+        """One call for all."""
+        fill(data.numpy().data, 0)
+
+
+HOST = HostMemory()
 
 
 def is_adapter(folder: Path) -> bool:
@@ -136,22 +166,23 @@ def _aliases(file: WeightFile) -> dict[str, str]:
     return aliases
 
 
-def read_tensor(file: WeightFile, info: TensorInfo) -> torch.Tensor:
+def read_tensor(file: WeightFile, info: TensorInfo, place: Place = HOST) -> torch.Tensor:
     """Return a tensor in memory of its own, row-major, in its stored dtype and shape.
 
     Safe to call from several threads. Every read opens the file anew and compares its stamp with
     the plan's, and nothing is mapped, so that a file that was replaced or truncated during a
     merge is an error, never a wrong result or a SIGBUS.
     """
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    data = place.empty(info.nbytes)
     tensor = data.view(info.dtype.torch).reshape(info.shape)
     try:
         with open_regular(info.file) as opened:
             check_stamp(file, os.fstat(opened.fileno()))
+            reading = _Reading(opened.fileno(), info, place)
             if info.strides is None:
-                _fill(opened.fileno(), data, info.start, info)
+                reading.fill(data, info.start)
             else:
-                _gather(opened.fileno(), tensor, info.start, info.strides, info)
+                reading.gather(tensor, info.start, info.strides)
     except OSError as error:
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r}: cannot be read: {error.strerror}"
@@ -159,38 +190,46 @@ def read_tensor(file: WeightFile, info: TensorInfo) -> torch.Tensor:
     return tensor
 
 
-def _fill(descriptor: int, data: torch.Tensor, start: int, info: TensorInfo) -> None:
-    """Read bytes [start, start + len(data)) of a file."""
-    view = data.numpy().data
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done : done + PIECE]], start + done)
-        if count == 0:
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name!r}: the file ended early",
-                got=f"{start + done - info.start} of {info.stop - info.start} bytes",
-                fix="the file was truncated during the merge: restore it, then resume",
-            )
-        done += count
+class _Reading:
+    """One tensor of an open file on its way to its place."""
 
+    def __init__(self, descriptor: int, info: TensorInfo, place: Place) -> None:
+        self._descriptor = descriptor
+        self._info = info
+        self._place = place
 
-def _gather(
-    descriptor: int, out: torch.Tensor, start: int, strides: tuple[int, ...], info: TensorInfo
-) -> None:
-    """Read strided data, halved until the bytes that one part spans are a piece."""
-    size = out.element_size()
-    reach = [(n - 1) * s for n, s in zip(out.shape, strides, strict=True)]
-    span = (1 + sum(reach)) * size if out.numel() else 0
-    if span <= PIECE or out.numel() == 1:
-        data = torch.empty(span, dtype=torch.uint8)
-        _fill(descriptor, data, start, info)
-        out.copy_(data.view(out.dtype).as_strided(out.shape, strides))
-        return
-    axis = reach.index(max(reach))
-    half = out.shape[axis] // 2
-    rest = start + half * strides[axis] * size
-    _gather(descriptor, out.narrow(axis, 0, half), start, strides, info)
-    _gather(descriptor, out.narrow(axis, half, out.shape[axis] - half), rest, strides, info)
+    def fill(self, data: torch.Tensor, start: int) -> None:
+        """Read bytes [start, start + len(data)) of the file."""
+        self._place.fill(data, lambda view, offset: self._read(view, start + offset))
+
+    def _read(self, view: memoryview, start: int) -> None:
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done : done + PIECE]], start + done)
+            if count == 0:
+                info = self._info
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r}: the file ended early",
+                    got=f"{start + done - info.start} of {info.stop - info.start} bytes",
+                    fix="the file was truncated during the merge: restore it, then resume",
+                )
+            done += count
+
+    def gather(self, out: torch.Tensor, start: int, strides: tuple[int, ...]) -> None:
+        """Read strided data, halved until the bytes that one part spans are a piece."""
+        size = out.element_size()
+        reach = [(n - 1) * s for n, s in zip(out.shape, strides, strict=True)]
+        span = (1 + sum(reach)) * size if out.numel() else 0
+        if span <= PIECE or out.numel() == 1:
+            data = self._place.empty(span)
+            self.fill(data, start)
+            out.copy_(data.view(out.dtype).as_strided(out.shape, strides))
+            return
+        axis = reach.index(max(reach))
+        half = out.shape[axis] // 2
+        rest = start + half * strides[axis] * size
+        self.gather(out.narrow(axis, 0, half), start, strides)
+        self.gather(out.narrow(axis, half, out.shape[axis] - half), rest, strides)
 
 
 def same_data(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, TensorInfo]) -> bool:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,18 +129,25 @@ class ShardFile:
 
     def write(self, slot: Slot, tensor: torch.Tensor) -> bool:
         """Write one tensor at its offset; True when it was the last one missing."""
-        data = tensor_bytes(tensor)
-        if len(data) != slot.stop - slot.start:
+        return self.write_pieces(slot, [tensor_bytes(tensor)])
+
+    def write_pieces(self, slot: Slot, pieces: Iterable[memoryview]) -> bool:
+        """Write one tensor's bytes, piece after piece; True when it was the last one missing."""
+        whole, done, size = hashlib.sha256(), 0, slot.stop - slot.start
+        for piece in pieces:
+            if done + len(piece) <= size:
+                with writing(self._path):
+                    write_all(self._descriptor, piece, slot.start + done)
+                whole.update(piece)
+            done += len(piece)
+        if done != size:
             raise OutputError(
                 f"{self._path}: tensor {slot.name!r} does not fit its place",
-                got=f"{len(data)} bytes",
-                expected=f"{slot.stop - slot.start}",
+                got=f"{done} bytes",
+                expected=f"{size}",
             )
-        with writing(self._path):
-            write_all(self._descriptor, data, slot.start)
-        digest = hashlib.sha256(data).hexdigest()
         with self._lock:
-            self.digests[slot.name] = digest
+            self.digests[slot.name] = whole.hexdigest()
             return len(self.digests) == len(self.layout.slots)
 
     def finish(self) -> str:

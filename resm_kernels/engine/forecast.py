@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resm_kernels.engine.flow import READERS
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, plan_steps
 from resm_kernels.engine.rates import Pace, Rates
 from resm_kernels.linalg import Work
-
-READERS = 2
-"""Threads that read; one writes and one finishes shards."""
 
 
 @dataclass(frozen=True)

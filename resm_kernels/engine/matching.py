@@ -11,7 +11,7 @@ import torch
 
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
 from resm_kernels.checkpoint.lora import Adapter, LoraPair, keeps_tied, read_factors
-from resm_kernels.checkpoint.reader import read_tensor, same_data
+from resm_kernels.checkpoint.reader import HOST, Place, read_tensor, same_data
 from resm_kernels.checkpoint.tokens import tables_of_config, vocabulary_tables
 from resm_kernels.checkpoint.vocabulary import Alignment
 from resm_kernels.engine.options import EngineOptions
@@ -49,9 +49,9 @@ class Source:
         """Whether it holds float64."""
         return self.info.dtype.name == "F64"
 
-    def read(self) -> torch.Tensor:
+    def read(self, place: Place = HOST) -> torch.Tensor:
         """The tensor, in memory of its own."""
-        return read_tensor(self.file, self.info)
+        return read_tensor(self.file, self.info, place)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class FactorSource:
         """Whether it holds float64."""
         return "F64" in (self.pair.a.dtype.name, self.pair.b.dtype.name)
 
-    def read(self) -> FactoredDelta:
+    def read(self, place: Place = HOST) -> FactoredDelta:
         """The factors, in memory of their own."""
-        return FactoredDelta(*read_factors(self.adapter, self.pair))
+        return FactoredDelta(*read_factors(self.adapter, self.pair, place))
 
 
 Decision = tuple[str | None, tuple[Source | FactorSource, ...]]

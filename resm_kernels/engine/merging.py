@@ -31,19 +31,28 @@ class Loaded:
     ----------
     values : mapping
         What was read, by source.
-    device : torch.device
-        Where weights are merged.
     outputs : int
         How many outputs they are merged for.
+
+    Attributes
+    ----------
+    sparing : bool
+        Merge in less memory where a method can.
     """
 
-    def __init__(self, values: Mapping[Key, Value], device: torch.device, outputs: int) -> None:
+    def __init__(self, values: Mapping[Key, Value], outputs: int) -> None:
         self._values = dict(values)
-        self._device = device
         self._shared = outputs > 1
+        self.sparing = False
         self._bad: dict[tuple[Key, ...], torch.Tensor | None] = {}
         self._aligned: dict[tuple[Key, ...], list[Value]] = {}
         self._inputs: dict[tuple[bool, tuple[Key, ...]], Inputs] = {}
+
+    def forget(self) -> None:
+        """Let go of all but what was read."""
+        self._inputs.clear()
+        self._aligned.clear()
+        self._bad.clear()
 
     def values(self, plan: MergePlan, tensor: PlannedTensor) -> dict[Key, Value]:
         """The tensor's sources, in order; rows of vocabulary tables as the output has them."""
@@ -68,7 +77,7 @@ class Loaded:
     def inputs(
         self, tensor: PlannedTensor, values: Mapping[Key, Value], mask: torch.Tensor | None
     ) -> Inputs:
-        """The weight on the device, zero where the mask is.
+        """The weight, zero where the mask is.
 
         The same object for outputs that merge the same tensors, so that they share findings.
         """
@@ -77,16 +86,19 @@ class Loaded:
             keys = (keys[0], *keys)
         known = tensor.base_counts, keys  # the base's own NaN and Inf are masked only if it counts
         if known not in self._inputs:
-            placed = {key: self._placed(values[key], mask) for key in keys}
+            placed = {key: _masked(values[key], mask) for key in keys}
             base, *experts = (placed[key] for key in keys)
             assert isinstance(base, torch.Tensor)
-            self._inputs[known] = Inputs(tensor.key, base, experts, shared=self._shared)
+            self._inputs[known] = Inputs(
+                tensor.key, base, experts, shared=self._shared, sparing=self.sparing
+            )
         return self._inputs[known]
 
-    def _placed(self, value: Value, mask: torch.Tensor | None) -> Value:
-        if isinstance(value, FactoredDelta):
-            return FactoredDelta(value.left.to(self._device), value.right.to(self._device))
-        return (value if mask is None else value.masked_fill(mask, 0.0)).to(self._device)
+
+def _masked(value: Value, mask: torch.Tensor | None) -> Value:
+    if mask is None or isinstance(value, FactoredDelta):
+        return value
+    return value.masked_fill(mask, 0.0)
 
 
 def _keys(tensor: PlannedTensor) -> tuple[Key, ...]:
@@ -96,7 +108,7 @@ def _keys(tensor: PlannedTensor) -> tuple[Key, ...]:
 def merge_planned(
     plan: MergePlan, tensor: PlannedTensor, loaded: Loaded
 ) -> tuple[Merged, Measures | None]:
-    """Merge one planned tensor; the result lies on the CPU.
+    """Merge one planned tensor; the result lies where its sources do.
 
     Merges by spectral methods are measured: beside factoring, another reading costs nothing.
     """
@@ -118,7 +130,7 @@ def merge_planned(
         if tensor.method.by_matrix:
             points = spectrum_points(len(plan.tensors), len(inputs.experts))
             measures = measure(inputs, merged, points)
-    result = merged.tensor.cpu()
+    result = merged.tensor
     if not is_finite(result):
         notes += _overflow(plan, tensor, result)
     if mask is not None:

@@ -21,14 +21,17 @@ class EngineOptions:
     Attributes
     ----------
     device : str
-        `cpu`, `cuda`, `cuda:1`, ..., or `auto`: a CUDA device where there is one. The CPU is the
-        default while nothing has been measured on a GPU.
+        `cpu`, `cuda`, `cuda:1`, `cuda:0,cuda:1`, `all` CUDA devices, or `auto`: a CUDA device where
+        there is one. The CPU is the default while nothing has been measured on a GPU.
     workers : int or None
-        Weights merged at the same time; None is one per core on a CPU, one on a GPU.
+        Weights merged at the same time, on each device; None is one per core on a CPU and two on a
+        GPU, fewer where memory holds fewer.
     threads : int
         BLAS threads per worker. Part of the plan: sums round differently with another count.
     memory_budget : int or None
         Most bytes of tensors in memory at once; None is 60 % of what is available.
+    gpu_memory : int or None
+        The same on each GPU; None is 85 % of what is free.
     shard_size : int
         Most bytes of tensors per output shard.
     nonfinite : str
@@ -46,6 +49,7 @@ class EngineOptions:
     workers: int | None = None
     threads: int = 1
     memory_budget: int | None = None
+    gpu_memory: int | None = None
     shard_size: int = 5 * 10**9
     nonfinite: Literal["error", "warn"] = "error"
     allow_missing: bool = False
@@ -57,6 +61,7 @@ class EngineOptions:
             ("workers", 1024),
             ("threads", 256),
             ("memory_budget", 1 << 62),
+            ("gpu_memory", 1 << 62),
             ("shard_size", 1 << 62),
         ):
             value = getattr(self, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -30,14 +31,17 @@ from resm_kernels.checkpoint.manifest import PART, Part
 from resm_kernels.checkpoint.reader import open_checkpoint
 from resm_kernels.checkpoint.vocabulary import Alignment, align, differences
 from resm_kernels.checkpoint.writer import ShardLayout, Slot, lay_out_shards
+from resm_kernels.engine.lanes import PREFETCH, STAGING
 from resm_kernels.engine.matching import FactorSource, Matching, Source
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
+from resm_kernels.engine.workers import choose_workers
 from resm_kernels.errors import PlanError, UsageError
-from resm_kernels.linalg.dispatch import identity as solver_identity
+from resm_kernels.linalg import dispatch
 from resm_kernels.methods import Method, Split, split_of
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.methods.matrices import matrix_shapes
+from resm_kernels.ops.dtypes import planned_chunk
 from resm_kernels.ops.launch import architecture, triton_version
 from resm_kernels.recipe import Recipe, holds, layer_positions
 
@@ -45,8 +49,15 @@ LOG = logging.getLogger(__name__)
 
 NUMERICS = 5
 """Raised whenever the same plan would give other bytes."""
-PREFETCH = 2
-"""Weights read ahead of the workers."""
+GPU_WORKERS = 2
+"""Weights merged at once on a GPU: one's eigen-decomposition, bound by latency, runs beside the
+other's products. Not yet measured."""
+GPU_SHARE = 0.85
+"""Share of a device's free memory that is used by default; libraries keep some for themselves."""
+CUBLAS_SPACE = 32 << 20
+"""Bytes that cuBLAS keeps for each stream of a Hopper card; less on older ones."""
+BYTE_COST = 40.0
+"""Operations in whose time a core moves one byte of an element-wise merge."""
 MAX_NEAR = 5000
 """Most names that a pattern is compared with letter by letter."""
 MARGIN = 64 << 20
@@ -79,6 +90,8 @@ class PlannedTensor:
         only to fill in for values that are not finite).
     aligned : bool
         Whether its rows are brought into the order of the output's vocabulary.
+    masked : bool
+        Whether NaN and Inf may be masked, in copies of its inputs.
     key : str
         The name under which its parameters were looked up; tied tensors share one.
     weights, options
@@ -99,6 +112,7 @@ class PlannedTensor:
     reads_base: bool
     base_counts: bool
     aligned: bool
+    masked: bool
     key: str
     weights: tuple[float, ...]
     options: Any
@@ -138,6 +152,18 @@ class PlannedTensor:
     def memory(self) -> int:
         """Most bytes this tensor needs at once."""
         return self.step.memory
+
+    @property
+    def cost(self) -> float:
+        """Predicted work, in operations of a factorisation."""
+        moved = BYTE_COST * (self.read_bytes + self.write_bytes)
+        if self.reason is not None or not self.method.by_matrix or not self.experts:
+            return moved
+        ranks = [s.pair.rank if isinstance(s, FactorSource) else math.inf for s in self.experts]
+        shapes = [part.shape for part in self.split.parts] if self.split else [self.slot.shape]
+        return moved + sum(
+            8.0 * math.prod(shape) * min(*shape, rank) for shape in shapes for rank in ranks
+        )
 
 
 @dataclass(frozen=True)
@@ -184,6 +210,26 @@ class Step:
         """Most bytes that this step needs at once."""
         return self.held_bytes + self.workspace
 
+    @property
+    def cost(self) -> float:
+        """Predicted work; outputs share factorisations, hence that of the dearest."""
+        return max(tensor.cost for tensor in self.tensors)
+
+    @functools.cached_property
+    def on_host(self) -> Step:
+        """The step as it is on the CPU, where its workspace is another."""
+        return Step(
+            tuple(
+                dataclasses.replace(tensor, workspace=workspace_of(tensor, "cpu"))
+                for tensor in self.tensors
+            )
+        )
+
+    def stays_on_host(self, plan: MergePlan) -> bool:
+        """Whether the CPU has it beside devices: a copy, or more than a device's memory."""
+        copied = not any(tensor.experts for tensor in self.tensors)
+        return plan.has_devices and (copied or self.memory > plan.device_memory)
+
 
 def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
     """The steps that carry out several plans of the same inputs, layouts and options at once.
@@ -197,7 +243,10 @@ def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
         steps = tuple(tensor.step for tensor in plans[0].tensors)
     else:
         steps = tuple(map(Step, zip(*(plan.tensors for plan in plans), strict=True)))
-    largest = max(steps, key=lambda step: step.memory)
+    on_host = [step for step, _ in _on_host(steps, plans[0])]
+    if not on_host:
+        return steps
+    largest = max(on_host, key=lambda step: step.memory)
     budget = plans[0].memory_budget
     if largest.memory > budget:
         slot = largest.tensors[0].slot
@@ -212,17 +261,42 @@ def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
     return steps
 
 
+def _on_host(steps: Sequence[Step], plan: MergePlan) -> list[tuple[Step, int]]:
+    """What the CPU merges, and how many at a time."""
+    if not plan.has_devices:
+        return [(step, plan.workers) for step in steps]
+    return [(step.on_host, 1) for step in steps if step.stays_on_host(plan)]
+
+
 def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
     """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
-    window = plan.workers + PREFETCH
-    held = [step.held_bytes for step in steps]
-    workspace = [step.workspace for step in steps]
+    on_host = _on_host(steps, plan)
+    workers = on_host[0][1] if on_host else 1
+    peak = _peak([step for step, _ in on_host], workers)
+    staging = len(plan.devices) * STAGING if plan.has_devices else 0
+    return max(min(peak + staging, plan.memory_budget), staging)
+
+
+def predicted_device_peak(steps: Sequence[Step], plan: MergePlan) -> int:
+    """Predicted most bytes of tensors in one device's memory at once; 0 for the CPU."""
+    if not plan.has_devices:
+        return 0
+    there = [step for step in steps if not step.stays_on_host(plan)]
+    streams = plan.workers * (1 + len(plan.experts))
+    libraries = streams * CUBLAS_SPACE if plan.device.type == "cuda" else 0
+    return min(_peak(there, plan.workers, len(plan.devices)), plan.device_memory) + libraries
+
+
+def _peak(steps: Sequence[Step], workers: int, devices: int = 1) -> int:
+    """Most bytes of the steps that are inside together, the largest of them on one device."""
+    window = workers + PREFETCH
     peak = 0
     for start in range(len(steps)):
-        inside = slice(start, start + window)
-        busy = sorted(workspace[inside], reverse=True)[: plan.workers]
-        peak = max(peak, sum(held[inside]) + sum(busy))
-    return min(peak, plan.memory_budget)
+        inside = steps[start : start + devices * window]
+        held = sorted((step.held_bytes for step in inside), reverse=True)[:window]
+        busy = sorted((step.workspace for step in inside), reverse=True)[:workers]
+        peak = max(peak, sum(held) + sum(busy))
+    return peak
 
 
 @dataclass(frozen=True)
@@ -241,10 +315,13 @@ class MergePlan:
         Tensors of experts that do not reach the output, with the reason.
     plan_id : str
         SHA-256 of everything that decides the output's bytes.
-    device : torch.device
-        Where merging happens.
-    workers, memory_budget : int
-        Resolved engine options; they do not change the bytes.
+    devices : tuple of torch.device
+        Where merging happens: the CPU, or CUDA devices of one kind.
+    workers : int
+        Weights merged at the same time, on each device.
+    memory_budget, device_memory : int
+        Resolved engine options, in bytes, the second for each device and 0 for the CPU; like
+        `workers` and the number of devices they do not change the bytes.
     part : Part or None
         Which tensors of the whole merge these are, where `only` chose some.
     """
@@ -258,10 +335,21 @@ class MergePlan:
     alignment: Alignment | None
     left_out: Mapping[str, str]
     plan_id: str
-    device: torch.device
+    devices: tuple[torch.device, ...]
     workers: int
     memory_budget: int
+    device_memory: int
     part: Part | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The first device; all are of its kind."""
+        return self.devices[0]
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether there are devices beside the CPU."""
+        return self.device_memory > 0
 
     @property
     def read_bytes(self) -> int:
@@ -277,6 +365,11 @@ class MergePlan:
     def peak_memory(self) -> int:
         """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
         return predicted_peak(plan_steps([self]), self)
+
+    @property
+    def peak_device_memory(self) -> int:
+        """Predicted most bytes of tensors in one device's memory at once; 0 for the CPU."""
+        return predicted_device_peak(plan_steps([self]), self)
 
     @property
     def input_folders(self) -> tuple[Path, ...]:
@@ -300,7 +393,7 @@ class MergePlan:
         return {
             "plan_id": self.plan_id,
             "recipe": self.recipe.to_dict(),
-            "device": str(self.device),
+            "device": ",".join(map(str, self.devices)),
             "workers": self.workers,
             "threads": self.options.threads,
             "part": self.part and self.part.to_dict(),
@@ -309,6 +402,8 @@ class MergePlan:
             "write_bytes": self.write_bytes,
             "peak_memory_bytes": self.peak_memory,
             "memory_budget_bytes": self.memory_budget,
+            "peak_device_memory_bytes": self.peak_device_memory,
+            "device_memory_bytes": self.device_memory,
             "shards": [{"name": s.name, "bytes": s.size} for s in self.layouts],
             "left_out": dict(self.left_out),
             "tensors": [
@@ -367,7 +462,7 @@ def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[Merge
     bases: dict[str, Checkpoint] = {}
     opened: dict[tuple[str, str], Checkpoint | Adapter] = {}
     matchings: dict[tuple[str, ...], Matching] = {}
-    device = _device(options.device)
+    devices = find_devices(options.device)
     budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
     plans: list[MergePlan] = []
     used: list[Matching] = []
@@ -386,8 +481,10 @@ def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[Merge
             alignment = _alignment(recipe, base, experts)
             matchings[names] = Matching(base, experts, options, alignment)
         used.append(matchings[names])
-        plans.append(_plan(recipe, used[-1], options, device, budget))
-    plan_steps(plans)
+        plans.append(_plan(recipe, used[-1], options, devices, budget))
+    steps = plan_steps(plans)
+    workers = options.workers or _workers(steps, plans[0])
+    plans = [dataclasses.replace(plan, workers=workers) for plan in plans]
     found = [f"{ignored}; ignored" for recipe in recipes for ignored in recipe.ignored]
     for plan, matching in zip(plans, used, strict=True):
         found += [
@@ -398,6 +495,15 @@ def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[Merge
     for message in dict.fromkeys(found):
         LOG.warning("recipe: %s", message)
     return plans
+
+
+def _workers(steps: Sequence[Step], plan: MergePlan) -> int:
+    if not plan.has_devices:
+        weights = [(step.memory, step.cost) for step in steps]
+        slots = usable_cores() // plan.options.threads
+        return choose_workers(slots, weights, plan.memory_budget)
+    weights = [(step.memory, step.cost) for step in steps if not step.stays_on_host(plan)]
+    return choose_workers(GPU_WORKERS, weights, plan.device_memory)
 
 
 Opened = TypeVar("Opened", Checkpoint, Checkpoint | Adapter)
@@ -449,8 +555,13 @@ def _alignment(
 
 
 def _plan(
-    recipe: Recipe, matching: Matching, options: EngineOptions, device: torch.device, budget: int
+    recipe: Recipe,
+    matching: Matching,
+    options: EngineOptions,
+    devices: tuple[torch.device, ...],
+    budget: int,
 ) -> MergePlan:
+    device = devices[0]
     base, decisions = matching.base, matching.decisions
     out_dtype = DTYPES[OUT_DTYPES[recipe.out_dtype]] if recipe.out_dtype else None
 
@@ -471,7 +582,7 @@ def _plan(
         metadata if part is None else {**metadata, PART: f"{part.tensors} of {part.of} tensors"},
         stem="model" if part is None else "part",
     )
-    planner = _Planner(recipe, matching, options, device)
+    planner = _Planner(recipe, matching, options, device.type)
     tensors = tuple(
         planner.plan(shard, slot) for shard, layout in enumerate(layouts) for slot in layout.slots
     )
@@ -483,7 +594,7 @@ def _plan(
         "scipy": importlib.metadata.version("scipy"),
         "device": device.type,
         "triton": triton_version() if device.type == "cuda" else None,
-        "solvers": solver_identity(device),
+        "solvers": dispatch.identity(device),
         "threads": options.threads,
         "recipe": recipe.to_dict(),
         "arithmetic": torch.backends.cpu.get_cpu_capability()
@@ -507,9 +618,10 @@ def _plan(
         alignment=matching.alignment,
         left_out=matching.left_out,
         plan_id=hashlib.sha256(canonical_json(identity)).hexdigest(),
-        device=device,
-        workers=options.workers or (usable_cores() if device.type == "cpu" else 1),
+        devices=devices,
+        workers=options.workers or 1,
         memory_budget=budget,
+        device_memory=_device_memory(devices, options),
         part=part,
     )
 
@@ -560,16 +672,15 @@ class _Planner:
     """Plans one tensor after another; what many of them share is worked out once."""
 
     def __init__(
-        self, recipe: Recipe, matching: Matching, options: EngineOptions, device: torch.device
+        self, recipe: Recipe, matching: Matching, options: EngineOptions, device: str
     ) -> None:
         self._recipe = recipe
         self._matching = matching
-        self._device = device.type
         self._masked = options.nonfinite == "warn"
         self._on_base = any(isinstance(expert, Adapter) for expert in matching.experts)
         self._positions = layer_positions(matching.decisions)
         self._settings: dict[tuple[str, str], Any] = {}
-        self._workspaces: dict[tuple[object, ...], int] = {}
+        self._workspaces = _Workspaces(device)
 
     def plan(self, shard: int, slot: Slot) -> PlannedTensor:
         """What becomes of the tensor in a slot."""
@@ -605,11 +716,18 @@ class _Planner:
             reads_base=base_counts or aligned or self._masked,
             base_counts=base_counts,
             aligned=aligned,
+            masked=self._masked,
             key=key,
             weights=weights,
             options=settings,
-            workspace=self._workspace(
-                slot.shape, (own, *sources), None if reason else method, settings, split, aligned
+            workspace=self._workspaces.of(
+                slot.shape,
+                (own, *sources),
+                method=None if reason else method,
+                settings=settings,
+                split=split,
+                aligned=aligned,
+                masked=self._masked,
             ),
         )
 
@@ -620,14 +738,24 @@ class _Planner:
             self._settings[known] = method.make_options(values, len(self._recipe.experts))
         return self._settings[known]
 
-    def _workspace(
+
+class _Workspaces:
+    """Bytes that merging holds on a device type; what many tensors share is worked out once."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def of(
         self,
         shape: tuple[int, ...],
         sources: Sequence[Source | FactorSource],
+        *,
         method: Method[Any] | None,
         settings: Any,
         split: Split | None,
         aligned: bool,
+        masked: bool,
     ) -> int:
         """Bytes that merging one tensor may hold beyond its inputs and its output.
 
@@ -651,13 +779,16 @@ class _Planner:
                 self._of_matrices(method, part, len(equal), experts, itemsize, settings)
                 for part, equal in shapes.items()
             )
+        if self._device != "cpu" and method is not None and method.by_matrix:
+            measuring = 8 * (experts + 2) * planned_chunk(shape, self._device)
+            workspace = max(workspace, measuring)
         if split:  # parts that are not views of their tensors
             workspace += (experts + 2) * itemsize * max(map(math.prod, shapes))
         whole = 0 if in_core is not None else sum(isinstance(s, FactorSource) for s in sources)
         if method is not None and method.by_matrix:
             whole = min(whole, 1)  # for its statistics
         workspace += (whole + (experts + 1) * aligned) * itemsize * size
-        if self._masked:  # copies without NaN and Inf, and where they were
+        if masked:  # copies without NaN and Inf, and where they were
             workspace += sum(source.nbytes for source in sources) + (experts + 3) * size
         return workspace
 
@@ -671,11 +802,24 @@ class _Planner:
         settings: Any,
     ) -> int:
         known = method.name, shape, count, experts, itemsize, settings
-        if known not in self._workspaces:
+        if known not in self._known:
             given = experts, itemsize, settings, self._device
             batch = method.batch(shape, count, *given)
-            self._workspaces[known] = method.workspace(shape, *given) + batch.workspace
-        return self._workspaces[known]
+            self._known[known] = method.workspace(shape, *given) + batch.workspace
+        return self._known[known]
+
+
+def workspace_of(tensor: PlannedTensor, device: str) -> int:
+    """Bytes beyond inputs and output that merging a planned tensor may hold on a device type."""
+    return _Workspaces(device).of(
+        tensor.slot.shape,
+        (tensor.base, *tensor.experts),
+        method=None if tensor.reason else tensor.method,
+        settings=tensor.options,
+        split=tensor.split,
+        aligned=tensor.aligned,
+        masked=tensor.masked,
+    )
 
 
 def disk_space(layouts: Iterable[ShardLayout], output: Path) -> tuple[int, int]:
@@ -696,19 +840,63 @@ def check_disk(layouts: Iterable[ShardLayout], output: Path) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def find_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices that `--device` names: `auto`, `all`, or names with commas between.
+
+    Raises
+    ------
+    UsageError
+        Where one is not there, or they are not of one kind.
+    """
+    names = name.split(",")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        names = ["cuda" if torch.cuda.is_available() else "cpu"]
+    elif name == "all":
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if not names:
+        raise UsageError("device: got 'all', and there are no CUDA devices", fix="use --device cpu")
+    devices = tuple(_device(one.strip()) for one in names)
+    if len(set(devices)) < len(devices) or len({device.type for device in devices}) > 1:
+        raise UsageError(f"device: got {name!r}", expected="cpu, or CUDA devices, each once")
+    kinds = {dispatch.card(device) for device in devices if device.type == "cuda"}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"device: {name} are not of one kind, and would give other bytes",
+            got=", ".join(sorted(kinds)),
+            fix="name those of one kind",
+        )
+    return devices
+
+
+def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device: got {name!r}", expected="auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device: got {name!r}", expected="auto, all, cpu, cuda, cuda:N or cuda:N,cuda:M"
+        )
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device: {name} is not there",
             got=f"{torch.cuda.device_count()} CUDA devices",
             fix="use --device cpu",
         )
-    return device
+    return torch.device("cuda", device.index or 0)
+
+
+def _device_memory(devices: Sequence[torch.device], options: EngineOptions) -> int:
+    """Bytes that tensors may take on each device: as asked, or most of what is free on all."""
+    if devices[0].type == "cpu":
+        return 0
+    if options.gpu_memory is not None:
+        return options.gpu_memory
+    try:
+        free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    except RuntimeError as error:
+        names = ", ".join(map(str, devices))
+        raise PlanError(f"{names} cannot be used: {error}", fix="use --device cpu") from error
+    return max(1, int(GPU_SHARE * free))

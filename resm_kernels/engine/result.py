@@ -62,6 +62,8 @@ class TensorResult:
         Compute time, in seconds of one worker.
     measures : Measures or None
         For the report; no part of the facts.
+    memory_notes : tuple of str
+        What was given up because a device ran out of memory; no part of the facts either.
     """
 
     name: str
@@ -77,10 +79,11 @@ class TensorResult:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     measures: Measures | None = None
+    memory_notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """The fields that are the same in every run of one plan; empty ones left out."""
-        timed = ("seconds", "measures")
+        timed = ("seconds", "measures", "memory_notes")
         return {k: v for k, v in asdict(self).items() if v not in ((), None) and k not in timed}
 
     @classmethod
@@ -117,6 +120,9 @@ class MergeReport:
         Wall time, in seconds.
     stage_seconds : dict
         Busy time of `read`, `compute`, `write` and `finish`, over all their threads.
+    timeline : dict
+        When each thread was busy: start, stop, start, stop ... in seconds, pauses bridged past
+        2,000 intervals.
     read_bytes, written_bytes : int
         Moved by this run; a resumed run moves only what was unfinished.
     kept_shards : int
@@ -124,6 +130,10 @@ class MergeReport:
     peak_memory, predicted_memory : int
         Most resident bytes that are not mapped files, above the level before the merge, and the
         plan's prediction.
+    peak_device_memory : dict
+        Most bytes of tensors on each device, measured.
+    predicted_device_memory : int
+        The plan's prediction for each of them.
     drawn : bool
         Whether the HTML report was written beside it.
     part : dict or None
@@ -142,19 +152,28 @@ class MergeReport:
     tensors: dict[str, TensorResult] = field(default_factory=dict)
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    timeline: dict[str, list[float]] = field(default_factory=dict)
     read_bytes: int = 0
     written_bytes: int = 0
     kept_shards: int = 0
     peak_memory: int = 0
     predicted_memory: int = 0
+    peak_device_memory: dict[str, int] = field(default_factory=dict)
+    predicted_device_memory: int = 0
     inputs: list[dict[str, str]] = field(default_factory=list)
     drawn: bool = False
     part: dict[str, Any] | None = None
 
     @property
     def notes(self) -> dict[str, tuple[str, ...]]:
-        """Clamps, fallbacks and warnings by tensor."""
+        """Clamps, fallbacks and warnings by tensor, the same in every run of one plan."""
         return {name: result.notes for name, result in self.tensors.items() if result.notes}
+
+    @property
+    def all_notes(self) -> dict[str, tuple[str, ...]]:
+        """The same, and where a device ran out of memory."""
+        found = {name: (*r.notes, *r.memory_notes) for name, r in self.tensors.items()}
+        return {name: notes for name, notes in found.items() if notes}
 
     @property
     def rules(self) -> dict[str, int]:

@@ -257,12 +257,14 @@ class Solver:
         *,
         energy: float | None = None,
         device: torch.device = CPU,
+        at_once: bool = True,
     ) -> list[Subspace]:
         """`leading_subspaces` of every expert by the route of the options.
 
         Deltas, on `device`, are made when their turn comes: on a CPU one is alive at a time. On a
         GPU every expert has a stream and a host thread: one's eigen-decomposition, bound by
-        latency, runs beside the products of the others.
+        latency, runs beside the products of the others; without `at_once` they take turns, in
+        less memory, to the same bytes.
         """
 
         route = choose_route(device.type, self.options)
@@ -270,7 +272,7 @@ class Solver:
         def factor(make: Callable[[], Delta], rank: int) -> Subspace:
             return leading_subspaces(make(), rank, energy=energy, backend=route.subspace)
 
-        if device.type == "cuda" and len(deltas) > 1:
+        if device.type == "cuda" and at_once and len(deltas) > 1:
             return _on_streams(factor, deltas, ranks, device)
         return [factor(make, rank) for make, rank in zip(deltas, ranks, strict=True)]
 
@@ -349,22 +351,29 @@ def _on_streams(
                 tensor.record_stream(current)
         return found
 
-    pool, streams = _threads(len(deltas)), _streams(device, len(deltas))
-    found = [pool.submit(work, *given) for given in zip(deltas, ranks, streams, strict=True)]
+    lanes = _lanes(device, len(deltas), current.cuda_stream)
+    found = [
+        thread.submit(work, make, rank, stream)
+        for make, rank, (thread, stream) in zip(deltas, ranks, lanes, strict=True)
+    ]
     wait(found)
-    return [future.result() for future in found]
+    # Popped, for an error that keeps its own future keeps the memory of its frames.
+    return [found.pop(0).result() for _ in deltas]
 
 
 @functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    """The same threads every time: each keeps cuSOLVER handles and their workspace."""
-    return ThreadPoolExecutor(count)
+def _lanes(
+    device: torch.device, count: int, caller: int
+) -> tuple[tuple[ThreadPoolExecutor, torch.cuda.Stream], ...]:
+    """The same threads, each with its stream, every time for one caller's stream.
 
-
-@functools.cache
-def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    """The same streams every time: each keeps a cuBLAS workspace of its own."""
-    return tuple(torch.cuda.Stream(device) for _ in range(count))  # type: ignore[no-untyped-call]
+    Each thread keeps handles of cuBLAS and cuSOLVER and their workspace. Callers that shared them
+    would wait for each other's matrices.
+    """
+    return tuple(
+        (ThreadPoolExecutor(1), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        for _ in range(count)
+    )
 
 
 def measured_rates(n: int = 512) -> Work:

@@ -32,6 +32,7 @@ __all__ = [
     "find_method",
     "matches",
     "merge_weight",
+    "out_of_memory",
     "split_of",
 ]
 
@@ -138,7 +139,7 @@ def merge_weight(
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error).lower():
+        if out_of_memory(error):
             raise NumericsError(
                 f"{where}: {base.device} is out of memory",
                 fix="fewer workers, or a smaller memory budget",
@@ -149,6 +150,16 @@ def merge_weight(
     if on_kernels(inputs.tensors, out_dtype):
         return replace(merged, backends=(*merged.backends, "triton"))
     return replace(merged, notes=(*merged.notes, "plain torch: no Triton kernels here"))
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or what caused it, is that memory ran out, the host's or a device's."""
+    if error is None or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return error is not None
+    if not isinstance(error, RuntimeError):
+        return out_of_memory(error.__cause__)
+    text = str(error).lower()  # libraries and drivers have no type of their own for it
+    return "alloc" in text or "out of memory" in text
 
 
 def _merge_one(

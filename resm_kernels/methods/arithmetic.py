@@ -11,7 +11,7 @@ from resm_kernels.errors import UsageError
 from resm_kernels.methods.base import Merged, Method, never_declines, option
 from resm_kernels.methods.inputs import Inputs
 from resm_kernels.ops.consensus import weighted_deltas, weighted_sum
-from resm_kernels.ops.dtypes import chunk_on
+from resm_kernels.ops.dtypes import planned_chunk
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def chunk_workspace(
     shape: Sequence[int], experts: int, itemsize: int, options: object, device: str
 ) -> int:
     """Bytes of temporaries of a chunked element-wise pass."""
-    return 4 * chunk_on(device) * itemsize
+    return 4 * planned_chunk(shape, device) * itemsize
 
 
 def _validate_linear(weights: Sequence[float], options: LinearOptions) -> None:

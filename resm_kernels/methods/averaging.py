@@ -16,7 +16,7 @@ from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.methods.base import Merged, Method, model_option, never_declines, option
 from resm_kernels.methods.inputs import Inputs
 from resm_kernels.ops.consensus import weighted_deltas, weighted_sum
-from resm_kernels.ops.dtypes import chunk_on, chunks, scratch
+from resm_kernels.ops.dtypes import chunk_on, chunks, planned_chunk, scratch
 from resm_kernels.ops.gram import gram
 
 COLLINEAR = 0.9995
@@ -53,8 +53,8 @@ def gram_workspace(
 ) -> int:
     """Bytes of temporaries: a chunk of float64 deltas and products, and the ratios of all rows."""
     rows = math.prod(shape[:-1]) if getattr(options, "filter_wise", False) else 1
-    products = 8 * 8 * max(chunk_on(device), experts * experts)
-    deltas = 2 * 8 * (experts + 1) * chunk_on(device)
+    products = 8 * 8 * max(planned_chunk(shape, device), experts * experts)
+    deltas = 2 * 8 * (experts + 1) * planned_chunk(shape, device)
     return products + deltas + 2 * 8 * rows + chunk_workspace(shape, experts, 8, options, device)
 
 

@@ -29,6 +29,9 @@ class Inputs:
         (LoRA), which stay factored for the methods that can use them so.
     shared : bool
         Several outputs will be merged from these inputs: the findings about every part are kept.
+    sparing : bool
+        Memory ran out before: a GPU factors the experts one after another, to the same bytes.
+        Batches of equal matrices stay, since smaller ones round differently.
     """
 
     def __init__(
@@ -38,11 +41,13 @@ class Inputs:
         experts: Sequence[torch.Tensor | FactoredDelta],
         *,
         shared: bool = False,
+        sparing: bool = False,
     ) -> None:
         self.name = name
         self.base = base
         self.experts = tuple(experts)
         self.shared = shared
+        self.sparing = sparing
         self._found: dict[str, tuple[Hashable, Any]] = {}
         self._parts: dict[Part, Inputs] = {}
 
@@ -68,7 +73,7 @@ class Inputs:
                 experts.append(FactoredDelta(*factors) if factors else part.of(self.expert(t)))
             else:
                 experts.append(part.of(expert))
-        found = Inputs(self.name, base, experts, shared=self.shared)
+        found = Inputs(self.name, base, experts, shared=self.shared, sparing=self.sparing)
         if self.shared:
             self._parts[part] = found
         return found

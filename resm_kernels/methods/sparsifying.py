@@ -20,7 +20,7 @@ from resm_kernels.methods.arithmetic import divisor_of
 from resm_kernels.methods.base import Merged, Method, model_option, never_declines, option
 from resm_kernels.methods.inputs import Inputs
 from resm_kernels.ops.consensus import elected_deltas, weighted_deltas
-from resm_kernels.ops.dtypes import chunk_on
+from resm_kernels.ops.dtypes import planned_chunk
 from resm_kernels.ops.mask import Mask, drop_key, masked_norms, trim
 from resm_kernels.ops.rank_drop import rank_drop
 
@@ -94,7 +94,7 @@ def sparse_workspace(
     shape: Sequence[int], experts: int, itemsize: int, options: object, device: str
 ) -> int:
     """Bytes of temporaries of a chunked election, and of the counting before it."""
-    return 16 * chunk_on(device) * itemsize
+    return 16 * planned_chunk(shape, device) * itemsize
 
 
 def ranked_workspace(
@@ -102,7 +102,7 @@ def ranked_workspace(
 ) -> int:
     """The same, a copy of every expert, and the sort of a chunk of rows."""
     entries, row = math.prod(shape), shape[-1] if shape else 1
-    sorting = 48 * max(chunk_on(device), row) + (0 if device == "cpu" else 4 * entries)
+    sorting = 48 * max(planned_chunk(shape, device), row) + (0 if device == "cpu" else 4 * entries)
     copies = experts * itemsize * entries
     return copies + sorting + sparse_workspace(shape, experts, itemsize, options, device)
 

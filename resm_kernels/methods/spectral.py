@@ -530,7 +530,13 @@ def _merge_subspaces(
     subspaces = inputs.once(
         "subspaces",
         key,
-        lambda: solver.subspaces(deltas, ranks, energy=kept.energy, device=inputs.base.device),
+        lambda: solver.subspaces(
+            deltas,
+            ranks,
+            energy=kept.energy,
+            device=inputs.base.device,
+            at_once=not inputs.sparing,
+        ),
     )
     merge = inputs.once("merge", (key, weights), lambda: solver.combine(subspaces, weights))
     notes = [

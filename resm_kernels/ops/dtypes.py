@@ -62,6 +62,11 @@ def chunk_on(device: str) -> int:
     return CHUNK if device == "cpu" else DEVICE_CHUNK
 
 
+def planned_chunk(shape: Sequence[int], device: str) -> int:
+    """Elements of the largest piece of a tensor, at least those of a CPU's, for planning memory."""
+    return max(CHUNK, min(chunk_on(device), math.prod(shape)))
+
+
 def chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
     """Slices that cover `range(count)` in order, `size` elements each but the last."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

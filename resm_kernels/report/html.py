@@ -24,12 +24,14 @@ from resm_kernels.report.page import (
     seconds,
     table,
     tiles,
+    timeline,
 )
 from resm_kernels.report.tables import size
 
 MAX_NOTES = 60
 MAX_RECIPE = 20_000
 SLOWEST = 5
+MAX_THREADS = 64
 POINTS = 18
 """Most values drawn of one spectrum."""
 TRUNCATING = ("resm", "tsvm")
@@ -96,7 +98,7 @@ def expert_names(models: Sequence[object]) -> list[str]:
 def _summary(report: MergeReport) -> str:
     moved = report.read_bytes + report.written_bytes
     rate = moved / report.seconds if report.seconds else 0.0
-    notes = sum(map(len, report.notes.values()))
+    notes = sum(map(len, report.all_notes.values()))
     facts = [
         (f"{len(report.tensors):,}", "tensors"),
         (seconds(report.seconds), f"on {report.device}, {report.workers} workers"),
@@ -107,6 +109,11 @@ def _summary(report: MergeReport) -> str:
     ]
     if report.part:
         facts.append((str(report.part["of"]), "tensors in the whole merge: this is a part"))
+    planned = size(report.predicted_device_memory)
+    facts += [
+        (size(peak), f"peak on {name}, {planned} planned")
+        for name, peak in itertools.islice(report.peak_device_memory.items(), MAX_THREADS)
+    ]
     if report.kept_shards:
         facts.append((f"{report.kept_shards:,}", "shards kept from an earlier run"))
     return tiles(facts)
@@ -161,7 +168,7 @@ def _short_digest(digest: object) -> str:
 def _notes(report: MergeReport) -> str:
     """Notes that differ in their tensor alone stand together."""
     groups: dict[str, list[str]] = {}
-    for name, notes in sorted(report.notes.items()):
+    for name, notes in sorted(report.all_notes.items()):
         for note in notes:
             groups.setdefault(note, []).append(name)
     rows = [
@@ -206,7 +213,25 @@ def _times(report: MergeReport) -> str:
         ],
         1,
     )
-    return f"<div class=pair>{card('Stages', stages + why)}{card('Slowest weights', each)}</div>"
+    pair = f"<div class=pair>{card('Stages', stages + why)}{card('Slowest weights', each)}</div>"
+    return pair + _timeline(report, order)
+
+
+def _timeline(report: MergeReport, order: Mapping[str, int]) -> str:
+    """When each thread was busy, in the order of the stages."""
+    end = max(
+        (edge for edges in report.timeline.values() for one in edges[-1:] if (edge := number(one))),
+        default=0.0,
+    )
+    if not end:
+        return ""
+    names = sorted(report.timeline, key=lambda name: (order.get(name.split(" ")[0], 4), name))
+    rows = []
+    for name in names[:MAX_THREADS]:
+        line, busy = timeline(report.timeline[name], end)
+        rows.append((esc(name, 60), f"{100 * busy / end:.0f} %", line))
+    listed = table(["thread", "busy", f"when, in {seconds(end)}"], rows, 1)
+    return card("When threads were busy", listed)
 
 
 Value = Callable[[TensorResult, int], "float | None"]

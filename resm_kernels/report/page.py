@@ -25,6 +25,8 @@ MAX_TEXT = 160
 """Longest name that is shown."""
 MAX_ROWS, MAX_COLUMNS = 160, 256
 """Largest heat map: kinds of weights by layers."""
+MAX_EDGES = 20_000
+"""Most ends of intervals in one line of a timeline."""
 FINE = 48
 """From so many layers on, cells carry a colour and no number."""
 LEVELS = 10
@@ -115,6 +117,34 @@ def bar(share: float) -> str:
     return (
         f'<svg class=bar viewBox="0 0 100 10" preserveAspectRatio=none aria-hidden=true>'
         f'<rect width="{width}" height=10></rect></svg>'
+    )
+
+
+def timeline(edges: Sequence[object], total: float) -> tuple[str, float]:
+    """A line of `total` seconds with busy intervals, and their sum.
+
+    Parameters
+    ----------
+    edges : sequence
+        Start, stop, start, stop ... in seconds; pauses too short to be seen are bridged.
+    """
+    known = [number(edge) for edge in itertools.islice(edges, MAX_EDGES)]
+    drawn: list[list[int]] = []
+    busy = 0.0
+    for start, stop in zip(known[::2], known[1::2], strict=False):
+        if start is None or stop is None or not 0 <= start <= stop <= total:
+            continue
+        busy += stop - start
+        left, right = (round(1000 * edge / total) for edge in (start, stop)) if total else (0, 0)
+        if drawn and left <= drawn[-1][1] + 1:
+            drawn[-1][1] = max(right, drawn[-1][1])
+        else:
+            drawn.append([left, max(right, left + 1)])
+    path = "".join(f"M{left} 5H{right}" for left, right in drawn)
+    return (
+        '<svg class="bar track" viewBox="0 0 1000 10" preserveAspectRatio=none aria-hidden=true>'
+        f'<path d="{path}"></path></svg>',
+        busy,
     )
 
 

@@ -41,11 +41,24 @@ def plan_table(plan: MergePlan, facts: Mapping[str, str] | None = None) -> Rende
             "written": f"{size(plan.write_bytes)} in {len(plan.layouts)} shards",
             "peak memory": f"{size(plan.peak_memory)} beside the interpreter "
             f"(budget {size(plan.memory_budget)})",
-            "runs on": f"{plan.device}, {plan.workers} workers x {plan.options.threads} threads",
+            **_device_facts(plan),
+            "runs on": f"{_devices(plan)}; {plan.workers} workers "
+            f"{'each ' * (len(plan.devices) > 1)}x {plan.options.threads} threads",
             **(facts or {}),
         }
     )
     return Group(by_rule, totals, *_left_out(plan.left_out))
+
+
+def _devices(plan: MergePlan) -> str:
+    return ", ".join(map(str, plan.devices))
+
+
+def _device_facts(plan: MergePlan) -> dict[str, str]:
+    if not plan.has_devices:
+        return {}
+    planned, budget = size(plan.peak_device_memory), size(plan.device_memory)
+    return {"GPU memory": f"{planned} on each device (budget {budget})"}
 
 
 def machine_facts(
@@ -58,7 +71,7 @@ def machine_facts(
     if rates is None:
         facts["time"] = "unknown: `resm doctor --measure` measures this machine, once"
     elif expected is None:
-        facts["time"] = f"unknown on {plans[0].device}: only the CPU's rates are measured"
+        facts["time"] = f"unknown on {_devices(plans[0])}: only the CPU's rates are measured"
     else:
         stages = {name: value for name, value in asdict(expected).items() if name != "wall"}
         each = ", ".join(f"{name} {seconds(value)}" for name, value in stages.items())
@@ -95,9 +108,12 @@ def report_table(report: MergeReport) -> RenderableType:
     }
     if report.part:
         facts["part"] = f"of {report.part['of']} tensors: no whole model"
+    planned = size(report.predicted_device_memory)
+    for name, peak in report.peak_device_memory.items():
+        facts[f"peak on {name}"] = f"{size(peak)} (planned {planned})"
     if report.kept_shards:
         facts["resumed"] = f"{report.kept_shards} shards were finished before"
-    notes = [f"{name}: {note}" for name, found in report.notes.items() for note in found]
+    notes = [f"{name}: {note}" for name, found in report.all_notes.items() for note in found]
     lines = [Text(line, style="yellow") for line in notes[:SHOWN_NOTES]]
     if len(notes) > SHOWN_NOTES:
         lines.append(Text(f"and {len(notes) - SHOWN_NOTES} more notes: see resm_report.json"))
@@ -110,7 +126,7 @@ def sweep_table(reports: Mapping[str, MergeReport]) -> RenderableType:
     for heading in ("output", "method", "tensors", "written", "notes"):
         table.add_column(heading, justify="right" if heading in ("tensors", "written") else "left")
     for report in reports.values():
-        notes = sum(len(found) for found in report.notes.values())
+        notes = sum(len(found) for found in report.all_notes.values())
         table.add_row(
             Text(report.output),
             report.method,

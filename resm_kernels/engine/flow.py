@@ -1,0 +1,359 @@
+"""The flow of weights through a run: read, merge, write and finish, overlapped by threads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Protocol
+
+import torch
+
+from resm_kernels.checkpoint.writer import ShardFile
+from resm_kernels.engine.lanes import PREFETCH, Lane, Mark, Value, device_lanes, host_lane
+from resm_kernels.engine.ledger import Bid, Ledger
+from resm_kernels.engine.matching import Key
+from resm_kernels.engine.merging import Loaded, merge_planned
+from resm_kernels.engine.plan import PlannedTensor, Step
+from resm_kernels.engine.result import Measures, TensorResult
+from resm_kernels.engine.target import Target
+from resm_kernels.engine.timeline import Timeline
+from resm_kernels.errors import ResmError
+from resm_kernels.methods import Merged, out_of_memory
+
+LOG = logging.getLogger(__name__)
+
+READERS, READERS_TO_DEVICES = 2, 4
+"""Threads that read, without and with devices to feed."""
+STAGES = ("read", "compute", "write", "finish")
+
+
+class Progress(Protocol):
+    """What the pipeline tells about its advance; called from several threads."""
+
+    def start(self, total: int) -> None:
+        """`total` bytes will be read and written."""
+
+    def advance(self, count: int, tensor: str) -> None:
+        """`count` more bytes are done, of this tensor."""
+
+    def stop(self) -> None:
+        """The merge ended, well or not."""
+
+
+class _Task:
+    """One step on its way: the targets that need it, where it goes, and what it holds there."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[Target, PlannedTensor]],
+        *,
+        again: bool = False,
+        counted: bool = False,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.parts = list(parts)
+        self.step = Step(tuple(tensor for _, tensor in parts))
+        self.again = again
+        """Whether it comes back from a device that it did not fit."""
+        self.counted = counted
+        """Whether its reading was told as progress."""
+        self.notes = list(notes)
+        self.bid: Bid | None = None
+        self.holders = 1
+        """Who still needs its memory: whoever merges it, and every result on its way."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.parts[0][1].name
+
+
+class Run:
+    """One pass over the inputs for all targets; threads come and go with `run`.
+
+    Attributes
+    ----------
+    timeline : Timeline
+        When each thread was busy.
+    lanes : tuple of Lane
+        The CPU first, then the devices.
+    """
+
+    def __init__(
+        self, targets: Sequence[Target], steps: Sequence[Step], progress: Progress | None
+    ) -> None:
+        self.plan = targets[0].plan
+        self.targets = targets
+        self.steps = steps
+        self.progress = progress
+        self.ledger = Ledger()
+        self.timeline = Timeline(time.perf_counter())
+        self.error: BaseException | None = None
+        self._host = host_lane(self.plan)
+        self._devices = device_lanes(self.plan)
+        self.lanes: tuple[Lane, ...] = (self._host, *self._devices)
+        self._change = threading.Condition()
+        self._running: set[Callable[[], None]] = set()
+        self._again: deque[_Task] = deque()
+        self._busy = dict.fromkeys(STAGES, 0.0)
+        readers = READERS_TO_DEVICES if self._devices else READERS
+        self._pools = {
+            "read": ThreadPoolExecutor(readers, "resm-read"),
+            "write": ThreadPoolExecutor(1, "resm-write"),
+            "finish": ThreadPoolExecutor(1, "resm-finish"),
+            **{
+                f"compute {lane.name}": ThreadPoolExecutor(
+                    lane.workers, f"resm-compute {lane.name}" if self._devices else "resm-compute"
+                )
+                for lane in self.lanes
+            },
+        }
+
+    def run(self) -> None:
+        """Push every unfinished tensor through the stages, in plan order."""
+        kept = [len(target.folder.kept) for target in self.targets]
+        pending = [task for step in self.steps if (task := self._task(step)).parts]
+        threads = torch.get_num_threads()
+        if self.progress:
+            self.progress.start(sum(task.step.held_bytes for task in pending))
+        try:
+            queue = deque(pending)
+            while (entering := self._next(queue)) is not None and self._admit(entering):
+                pass
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self._join()
+            torch.set_num_threads(threads)
+            for target in self.targets:
+                for shard in target.shards.values():
+                    shard.close()
+            if self.progress:
+                self.progress.stop()
+        if self.error is not None:
+            raise self.error
+        read_bytes = sum(task.step.read_bytes for task in pending)
+        for target, count in zip(self.targets, kept, strict=True):
+            target.collect()
+            target.report.kept_shards = count
+            target.report.stage_seconds = {s: round(busy, 6) for s, busy in self._busy.items()}
+            target.report.timeline = self.timeline.to_dict()
+            target.report.peak_device_memory = {lane.name: lane.peak for lane in self._devices}
+            target.report.read_bytes = read_bytes
+            target.report.written_bytes = sum(
+                tensor.write_bytes
+                for task in pending
+                for owner, tensor in task.parts
+                if owner is target
+            )
+
+    def _task(self, step: Step) -> _Task:
+        both = zip(self.targets, step.tensors, strict=True)
+        return _Task([(target, tensor) for target, tensor in both if target.lacks(tensor)])
+
+    def _next(self, queue: deque[_Task]) -> _Task | None:
+        """What comes next: what did not fit a device, then the queue; None at the end."""
+        with self._change:
+            if not queue:
+                self._change.wait_for(lambda: self._again or not self._running)
+            waiting = self._again or queue
+            return waiting.popleft() if waiting else None
+
+    def _admit(self, task: _Task) -> bool:
+        """Wait for room on some lane, and have the task read there; False once it is over."""
+        lanes: Sequence[Lane] = self._devices
+        if task.again or not lanes or task.step.stays_on_host(self.plan):
+            lanes = (self._host,)
+            if self._devices:
+                task.step = task.step.on_host
+        step = task.step
+        bids = [Bid(lane.account, step.memory, step.cost) for lane in lanes]
+        taken = self.ledger.acquire(bids)
+        if taken is None:
+            return False
+        task.bid = bids[taken]
+        self._submit("read", self._read, task, lanes[taken])
+        return True
+
+    def _join(self) -> None:
+        """Wait until nothing runs; an interrupt ends the work, never the waiting.
+
+        Counted here, since a `Thread.join` that Ctrl-C interrupts takes the thread for ended
+        (seen on CPython 3.11).
+        """
+        while True:
+            try:
+                with self._change:
+                    self._change.wait_for(lambda: not self._running)
+                break
+            except BaseException as error:
+                self._fail(error)
+        for pool in self._pools.values():
+            pool.shutdown(wait=True)
+
+    def _submit(self, pool: str, work: Callable[..., None], *given: object) -> None:
+        stage = pool.partition(" ")[0]
+
+        def guarded() -> None:
+            start = time.perf_counter()
+            try:
+                if self.error is None:
+                    work(*given)
+            except BaseException as error:
+                self._fail(error)
+            finally:
+                stop = time.perf_counter()
+                track = threading.current_thread().name.removeprefix("resm-").replace("_", " ")
+                self.timeline.add(track, start, stop)
+                self._ended(guarded, stage, stop - start)
+
+        with self._change:
+            self._running.add(guarded)
+        try:
+            self._pools[pool].submit(guarded)
+        except RuntimeError as error:
+            self._fail(ResmError(f"the merge cannot go on: {error}", fix="fewer --workers"))
+            self._ended(guarded, stage, 0.0)
+
+    def _ended(self, task: Callable[[], None], stage: str, seconds: float) -> None:
+        with self._change:
+            self._busy[stage] += seconds
+            self._running.discard(task)
+            self._change.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        """Remember the first error and let nothing more in."""
+        with self._change:
+            if self.error is None:
+                self.error = error
+        self.ledger.close()
+
+    def _drop(self, task: _Task) -> None:
+        """One holder less; the last one gives the memory back."""
+        with self._change:
+            task.holders -= 1
+            over = not task.holders
+        if over and task.bid is not None:
+            self.ledger.release(task.bid)
+
+    def _read(self, task: _Task, lane: Lane) -> None:
+        inputs: dict[Key, Value] | None = None
+        ready: Mark = None
+        try:
+            with lane.reading():
+                inputs = {source.key: source.read(lane.place) for source in task.step.sources}
+                ready = lane.mark()
+        except Exception as error:
+            if not (lane.staged and out_of_memory(error)):
+                raise
+        if inputs is None:
+            lane.trim()
+            self._to_host(task, lane, task.parts)
+            return
+        if self.progress and not task.counted:
+            self.progress.advance(task.step.read_bytes, task.name)
+        task.counted = True
+        self._submit(f"compute {lane.name}", self._compute, task, lane, inputs, ready)
+
+    def _compute(self, task: _Task, lane: Lane, inputs: dict[Key, Value], ready: Mark) -> None:
+        torch.set_num_threads(self.plan.options.threads)
+        with lane.computing(ready, inputs.values()):
+            loaded = Loaded(inputs, len(task.parts))
+            inputs.clear()
+            for i, (target, tensor) in enumerate(task.parts):
+                start = time.perf_counter()
+                found = self._merge(task, lane, target, tensor, loaded)
+                if found is None:
+                    del loaded
+                    lane.trim()
+                    self._to_host(task, lane, task.parts[i:])
+                    return
+                merged, measures = found
+                target.results[tensor.name] = TensorResult(
+                    name=tensor.name,
+                    rule=merged.rule,
+                    reason=tensor.reason,
+                    shape=tensor.slot.shape,
+                    matrices=tensor.split.label if tensor.split else None,
+                    ranks=merged.ranks,
+                    weights=merged.weights,
+                    outlier_scores=merged.outlier_scores,
+                    sparsity=merged.sparsity,
+                    backends=merged.backends,
+                    notes=merged.notes,
+                    seconds=time.perf_counter() - start,
+                    measures=measures,
+                    memory_notes=tuple(task.notes),
+                )
+                with self._change:
+                    task.holders += 1
+                given = (task, lane, target, tensor, merged.tensor, lane.mark())
+                self._submit("write", self._write, *given)
+        self._drop(task)
+
+    def _merge(
+        self, task: _Task, lane: Lane, target: Target, tensor: PlannedTensor, loaded: Loaded
+    ) -> tuple[Merged, Measures | None] | None:
+        """Merge on a lane; None where its memory does not hold that, whatever is given up."""
+        while True:
+            with lane.turn() as limit:
+                try:
+                    return merge_planned(target.plan, tensor, loaded)
+                except Exception as error:
+                    if not (lane.staged and out_of_memory(error)):
+                        raise
+            loaded.forget()
+            lane.trim()
+            if not loaded.sparing and tensor.method.by_matrix and len(tensor.experts) > 1:
+                loaded.sparing = True
+                self._note(task, f"{lane.name} ran out of memory: experts factored one by one")
+            elif limit > 1:
+                most = lane.narrow(limit)
+                self.ledger.narrow(lane.account, most + PREFETCH)
+                self._note(task, f"{lane.name} ran out of memory: {most} of its workers from here")
+            else:
+                return None
+
+    def _to_host(
+        self, task: _Task, lane: Lane, parts: Sequence[tuple[Target, PlannedTensor]]
+    ) -> None:
+        """Give up a task's place on a lane: what is left of it is read again and merged there."""
+        self._note(task, f"{lane.name} ran out of memory: merged on the CPU")
+        with self._change:
+            self._again.append(_Task(parts, again=True, counted=task.counted, notes=task.notes))
+        self._drop(task)
+
+    def _note(self, task: _Task, text: str) -> None:
+        task.notes.append(text)
+        LOG.warning("tensor %r: %s", task.name, text)
+
+    def _write(
+        self,
+        task: _Task,
+        lane: Lane,
+        target: Target,
+        tensor: PlannedTensor,
+        merged: torch.Tensor,
+        done: Mark,
+    ) -> None:
+        shard = target.shards.get(tensor.shard)
+        if shard is None:
+            layout = target.plan.layouts[tensor.shard]
+            shard = target.shards[tensor.shard] = ShardFile(target.folder.path, layout)
+        complete = shard.write_pieces(tensor.slot, lane.pieces(merged, done))
+        self._drop(task)
+        if self.progress:
+            self.progress.advance(tensor.write_bytes, tensor.name)
+        if complete:
+            self._submit("finish", self._finish, target, tensor.shard, shard)
+
+    def _finish(self, target: Target, index: int, shard: ShardFile) -> None:
+        digest = shard.finish()
+        del target.shards[index]
+        results = {slot.name: asdict(target.results[slot.name]) for slot in shard.layout.slots}
+        target.folder.shard_done(shard.layout.name, digest, shard.digests, results)
