@@ -114,7 +114,7 @@ MISTAKES = {
     RESM + "parameters: {sigma: -1}": ">= 0",
     RESM + "parameters: {sigma: .nan}": "number",
     RESM + "parameters: {sgma: 1}": "mean 'sigma'",
-    RESM + "parameters: {rank: big}": "one of spa",
+    RESM + "parameters: {rank: big}": "one of ene",
     RESM + "parameters: {sigma: []}": "empty list",
     "merge_method: resm\nbase_model: b\nmodels: [{model: b}]": "no model besides the base",
     RESM + "lambda: 1\nparameters: {lambda: 1}": ("lambda: stands at the top and under parameters"),

@@ -111,7 +111,7 @@ def test_resm_with_both_additions_off_is_tsvm_bit_for_bit(
     rng = np.random.default_rng(1)
     base = torch.from_numpy(rng.standard_normal(shape)).to(dtype)
     experts = [base + torch.from_numpy(d).to(dtype) for d in deltas("noise", *shape, count)]
-    off = {"outlier_power": 0, "rank_sparsity": 0, "lambda": 0.7}
+    off = {"outlier_power": 0, "rank": "fixed", "lambda": 0.7}
     resm = merge_tensors(base, experts, "resm", parameters=off)
     assert torch.equal(resm, merge_tensors(base, experts, "tsvm", parameters={"lambda": 0.7}))
 
@@ -134,7 +134,13 @@ def test_resm_follows_the_formulas() -> None:
     weights = count * powered / powered.sum()
     rank = round(48 / count * (1 - 0.9 * np.mean(sparse)))
     expected = oracle.tsvm(found, [rank] * count, list(weights))
-    parameters = {"sigma": 2.5, "outlier_power": 0.5, "noise_floor": 0.15, "rank_sparsity": 0.9}
+    parameters = {
+        "sigma": 2.5,
+        "outlier_power": 0.5,
+        "noise_floor": 0.15,
+        "rank": "sparsity",
+        "rank_sparsity": 0.9,
+    }
     assert oracle.error(merged_delta(found, "resm", **parameters), expected) <= CONTRACT
 
 
@@ -144,7 +150,7 @@ def test_mask_noise_zeroes_entries_below_the_floor() -> None:
     for delta in found:
         floor = 0.5 * np.sqrt((delta.astype(np.float64) ** 2).mean())
         masked.append(np.where(np.abs(delta) <= floor, 0, delta))
-    off = {"outlier_power": 0, "rank_sparsity": 0}
+    off = {"outlier_power": 0, "rank": "fixed"}
     mine = merged_delta(found, "resm", mask_noise=True, noise_floor=0.5, **off)
     assert oracle.error(mine, oracle.tsvm(masked, [15, 15])) <= CONTRACT
 
@@ -177,7 +183,7 @@ def test_one_zero_expert_gives_the_truncated_other(method: str) -> None:
     u, s, vt = np.linalg.svd(delta.astype(np.float64))
     rank = 15
     mine = merged_delta(
-        [delta, np.zeros_like(delta)], method, **({"rank_sparsity": 0} if method == "resm" else {})
+        [delta, np.zeros_like(delta)], method, **({"rank": "fixed"} if method == "resm" else {})
     )
     expected = (u[:, :rank] * s[:rank]) @ vt[:rank]
     assert oracle.error(mine, expected) <= CONTRACT
@@ -338,7 +344,7 @@ def test_float64_of_extreme_size_neither_overflows_nor_vanishes(size: float) -> 
 @pytest.mark.parametrize("power", [-1.0, 1.0])
 def test_a_frozen_layer_of_one_expert_does_not_scale_the_others(power: float) -> None:
     (delta,) = deltas("noise", 24, 24, 1)
-    other = {"outlier_power": 0, "rank_sparsity": 0}
+    other = {"outlier_power": 0, "rank": "fixed"}
     expected = merged_delta([delta, np.zeros_like(delta)], "resm", **other)
     on = {**other, "outlier_power": power}
     assert np.array_equal(merged_delta([delta, np.zeros_like(delta)], "resm", **on), expected)

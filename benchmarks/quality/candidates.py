@@ -10,9 +10,10 @@ from resm_kernels.methods import find_method
 DENSITIES = (0.2, 0.6)
 OFF: dict[str, Any] = {
     "outlier_power": 0.0, "outlier_score": "share", "sigma": 3.0, "noise_floor": 0.1,
-    "mask_noise": False, "rank": "sparsity", "rank_sparsity": 0.0,
+    "mask_noise": False, "rank": "sparsity", "rank_sparsity": 0.0, "rank_energy": 0.95,
+    "rank_fraction": 1.0,
 }  # fmt: skip
-UNVARIED = ("lambda", "exclude", "split", "solver")
+UNVARIED = {"lambda", "exclude", "split", "solver"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Candidate:
         """All its parameters, defaults included, but those that no candidate varies."""
         known = find_method(self.method).specs
         values = {name: option.default for name, option in known.items()} | self.parameters
-        return " ".join(f"{k}={v}" for k, v in values.items() if k not in UNVARIED)
+        return " ".join(f"{name}={values[name]}" for name in sorted(values.keys() - UNVARIED))
 
 
 def methods(count: int) -> list[Candidate]:

@@ -80,22 +80,24 @@ class IsoCtsOptions(TruncatingOptions):
 
 @dataclass(frozen=True)
 class ResmOptions(TruncatingOptions):
-    """Options of `resm`; the defaults of beta, sigma, eta and gamma await the quality benchmark."""
+    """Options of `resm`; docs/quality.md has the measurement behind the defaults."""
 
     outlier_score: Literal["share", "mass", "count"] = option(
         "share", "share: outlier mass over all mass; mass: outlier mass; count: outlier entries"
     )
     sigma: float = option(3.0, "an outlier is this many standard deviations above the mean", low=0)
-    outlier_power: float = option(1.0, "beta in w_t ~ o_t^beta; 0 turns outlier weighting off")
+    outlier_power: float = option(
+        0.0, "beta in w_t ~ o_t^beta; 0 turns outlier weighting off, 0.5 helped three experts"
+    )
     noise_floor: float = option(0.1, "eta: entries at or below eta * rms count as sparse", low=0)
     mask_noise: bool = option(False, "set entries below the noise floor to zero before factoring")
-    rank: Literal["sparsity", "energy", "fixed"] = option(
-        "sparsity", "how the rank is chosen, never above min(m, n) / T"
+    rank: Literal["energy", "sparsity", "fixed"] = option(
+        "energy", "how the rank is chosen, never above min(m, n) / T"
     )
+    rank_energy: float = option(0.9, "rank: energy keeps this share of ||D_t||_F^2", low=0, high=1)
     rank_sparsity: float = option(
-        1.0, "gamma in rank = p/T * (1 - gamma * s); 0 turns rank selection off", low=0, high=1
+        1.0, "rank: sparsity has gamma in p/T * (1 - gamma * s)", low=0, high=1
     )
-    rank_energy: float = option(0.95, "rank: energy keeps this share of ||D_t||_F^2", low=0, high=1)
     rank_fraction: float = option(1.0, "rank: fixed keeps this share of p/T", low=0, high=1)
 
 
@@ -596,9 +598,9 @@ TSVM = Method(
 
 RESM = Method(
     name="resm",
-    summary="TSV-M with outlier weighting and sparsity-aware rank selection",
-    formula="W_0 + lambda * polar(U) diag(w_t S_t) polar(V)^T, w_t ~ outlier_t^beta, "
-    "rank p/T * (1 - gamma s)",
+    summary="TSV-M with ranks chosen by energy or sparsity, and outlier weighting",
+    formula="W_0 + lambda * polar(U) diag(w_t S_t) polar(V)^T, rank p/T at most, "
+    "w_t ~ outlier_t^beta",
     source="our reconstruction of RESM, arXiv 2502.06876",
     options=ResmOptions,
     merge=_resm,
