@@ -65,6 +65,18 @@ typedef struct CUstream_st* cudaStream_t;
      long long stepA, T* S, long long stepS, T* U, int ldu, long long stepU, T* V, int ldv,       \
      long long stepV, T* work, int lwork, int* info, double* residuals, int batch))
 
+// Since cuSOLVER 12.2.
+#define RESM_XPOLAR(X)                                                                            \
+  X(cusolverDnXpolar_bufferSize, cusolverStatus_t,                                                \
+    (cusolverDnHandle_t, cusolverDnParams_t, cublasFillMode_t, int64_t m, int64_t n,              \
+     cudaDataType, const void* A, int64_t lda, cudaDataType, const void* H, int64_t ldh,          \
+     cudaDataType, size_t* device_bytes, size_t* host_bytes))                                     \
+  X(cusolverDnXpolar, cusolverStatus_t,                                                           \
+    (cusolverDnHandle_t, cusolverDnParams_t, cublasFillMode_t, int64_t m, int64_t n,              \
+     cudaDataType, void* A, int64_t lda, cudaDataType, void* H, int64_t ldh, cudaDataType,        \
+     void* device_work, size_t device_bytes, void* host_work, size_t host_bytes,                  \
+     double* residual, double* norm, double* rcond, int* info))
+
 #define RESM_CUSOLVER(X)                                                                          \
   X(cusolverGetProperty, cusolverStatus_t, (libraryPropertyType, int*))                           \
   X(cusolverDnCreate, cusolverStatus_t, (cusolverDnHandle_t*))                                    \
@@ -126,15 +138,7 @@ typedef struct CUstream_st* cudaStream_t;
      cudaDataType, void* S, cudaDataType, void* U, int64_t ldu, cudaDataType, void* V,            \
      int64_t ldv, cudaDataType, void* device_work, size_t device_bytes, void* host_work,          \
      size_t host_bytes, int* info))                                                               \
-  X(cusolverDnXpolar_bufferSize, cusolverStatus_t,                                                \
-    (cusolverDnHandle_t, cusolverDnParams_t, cublasFillMode_t, int64_t m, int64_t n,              \
-     cudaDataType, const void* A, int64_t lda, cudaDataType, const void* H, int64_t ldh,          \
-     cudaDataType, size_t* device_bytes, size_t* host_bytes))                                     \
-  X(cusolverDnXpolar, cusolverStatus_t,                                                           \
-    (cusolverDnHandle_t, cusolverDnParams_t, cublasFillMode_t, int64_t m, int64_t n,              \
-     cudaDataType, void* A, int64_t lda, cudaDataType, void* H, int64_t ldh, cudaDataType,        \
-     void* device_work, size_t device_bytes, void* host_work, size_t host_bytes,                  \
-     double* residual, double* norm, double* rcond, int* info))
+  RESM_XPOLAR(X)
 
 #define RESM_CUDART(X)                                                                            \
   X(cudaGetDevice, cudaError_t, (int*))                                                           \

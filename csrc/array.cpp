@@ -8,8 +8,8 @@ namespace resm {
 namespace {
 
 constexpr std::int64_t INT32 = std::numeric_limits<std::int32_t>::max();
-// XsyevBatched refuses 65536 matrices: a CUDA grid has at most 65535 blocks in y and z.
-constexpr std::int64_t MOST_MATRICES = 65535;
+// XsyevBatched has refused 40000 small matrices and taken 16384 (mujocolab/mjlab #732).
+constexpr std::int64_t MOST_MATRICES = 16384;
 
 std::string text(const std::vector<std::int64_t>& numbers) {
   std::string result = "(";
@@ -112,11 +112,13 @@ int as_int(std::int64_t value, const char* name) {
   return static_cast<int>(value);
 }
 
-std::int64_t batch_per_call(std::int64_t batch, const std::vector<std::int64_t>& steps) {
+std::int64_t batch_per_call(std::int64_t batch, const std::vector<std::int64_t>& steps,
+                            std::int64_t itemsize) {
   const std::int64_t largest = *std::max_element(steps.begin(), steps.end());
   expect(largest <= INT32, "a matrix of " + std::to_string(largest) +
                                " elements: this solver counts them in int32");
-  return std::min({batch, MOST_MATRICES, INT32 / largest});
+  const std::int64_t fitting = std::max<std::int64_t>(1, INT32 / (largest * itemsize));
+  return std::min({batch, MOST_MATRICES, fitting});
 }
 
 }  // namespace resm

@@ -38,7 +38,9 @@ char* vectors(const Array& array, const char* name, char type, int itemsize, std
               std::int64_t count);
 void expect(bool holds, const std::string& what);
 int as_int(std::int64_t value, const char* name);
-// The most matrices per call so that no array of a call passes int32.
-std::int64_t batch_per_call(std::int64_t batch, const std::vector<std::int64_t>& steps);
+// The most matrices per call so that no array of a call has more bytes than int32 counts, which
+// is what JAX keeps XsyevBatched to; a single matrix may, up to int32 elements.
+std::int64_t batch_per_call(std::int64_t batch, const std::vector<std::int64_t>& steps,
+                            std::int64_t itemsize);
 
 }  // namespace resm

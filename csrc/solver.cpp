@@ -1,6 +1,7 @@
 #include "solver.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -153,6 +154,12 @@ Solver::Solver(std::shared_ptr<Library> library, int device, py::function alloca
 }
 
 Solver::~Solver() {
+  std::optional<Device> selected;
+  try {
+    selected.emplace(*library_, device_);
+  } catch (const CusolverError&) {
+    return;  // The runtime has gone: so have the handles.
+  }
   if (jacobi_) library_->cusolverDnDestroyGesvdjInfo(jacobi_);
   library_->cusolverDnDestroyParams(params_);
   library_->cusolverDnDestroy(handle_);
@@ -203,7 +210,7 @@ Outcome Solver::gesvdj_batched_as(const Array& a_, const Array& left, const Arra
   const int lda = as_int(a.ld, "the leading dimension");
   const int ldu = as_int(u.ld, "the leading dimension"), ldv = as_int(v.ld, "the leading dimension");
   T* values = reinterpret_cast<T*>(vectors(values_, "values", 'f', sizeof(T), a.batch, k));
-  const std::int64_t most = batch_per_call(a.batch, {a.step, u.step, v.step});
+  const std::int64_t most = batch_per_call(a.batch, {a.step, u.step, v.step}, sizeof(T));
 
   Call call(*this, "gesvdj_batched", status, a.batch, stream);
   const auto& f = *library_;
@@ -250,7 +257,7 @@ Outcome Solver::gesvda_batched_as(const Array& a_, std::int64_t rank_, const Arr
   const int rank = as_int(rank_, "rank"), lda = as_int(a.ld, "the leading dimension");
   const int ldu = as_int(u.ld, "the leading dimension"), ldv = as_int(v.ld, "the leading dimension");
   T* values = reinterpret_cast<T*>(vectors(values_, "values", 'f', sizeof(T), a.batch, rank));
-  const std::int64_t most = batch_per_call(a.batch, {a.step, u.step, v.step});
+  const std::int64_t most = batch_per_call(a.batch, {a.step, u.step, v.step}, sizeof(T));
 
   Call call(*this, "gesvda_batched", status, a.batch, stream);
   const auto& f = *library_;
@@ -293,7 +300,7 @@ Outcome Solver::syev_batched(const Array& a_, const Array& values_, const Array&
   expect_square(a);
   expect_packed(a, "matrices");
   char* values = vectors(values_, "values", 'f', a_.itemsize, a.batch, a.rows);
-  const std::int64_t most = batch_per_call(a.batch, {a.step});
+  const std::int64_t most = batch_per_call(a.batch, {a.step}, a_.itemsize);
   const auto type = data_type(a_);
 
   Call call(*this, "syev_batched", status, a.batch, stream);

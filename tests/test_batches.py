@@ -311,7 +311,7 @@ def test_a_gpu_batches_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert Solver().batch((64, 64), 512, 3, device="cuda").size == 512
     assert Solver().batch((64, 1 << 15), 512, 4, device="cuda").size == 2
-    assert Solver().batch((8, 8), 8192, 8, device="cuda").size == 4096
+    assert Solver().batch((8, 8), 8192, 8, device="cuda").size == 2048
     assert Solver().batch((65, 65), 512, 3, device="cuda") == Batching()
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks.gpu.crossover import WORTH, propose, with_table
+from resm_kernels.api import merge_tensors
 from resm_kernels.doctor import measured
-from resm_kernels.errors import ResmError
+from resm_kernels.errors import NumericsError, ResmError
 from resm_kernels.linalg import Solver, SolverOptions, cusolver, dispatch, leading_subspaces
 from resm_kernels.linalg.crossover import (
     BACKENDS,
@@ -373,6 +374,29 @@ def test_singular_values_by_cusolver(
     assert subspace.backend == "svd"
     expected = np.linalg.svd(delta.astype(np.float64), compute_uv=False)[:20]
     assert np.allclose(subspace.values.numpy(), expected, rtol=1e-6)
+
+
+def test_singular_values_that_cusolver_moved_are_not_taken(
+    ask_for: Callable[[str], None], fake_cusolver: Fake
+) -> None:
+    ask_for("gesvdp")
+    fake_cusolver.report_size("cusolverDnXgesvdp", 10**9)
+    matrix = torch.diag(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
+    exact = torch.linalg.svd(matrix, full_matrices=False)
+    for found, expected in zip(dispatch.svd(matrix), exact, strict=True):
+        assert torch.equal(found, expected)
+    assert fake_cusolver.count("Xgesvdp")
+
+
+def test_a_solver_that_fails_names_the_tensor(
+    ask_for: Callable[[str], None], fake_cusolver: Fake
+) -> None:
+    ask_for("syev_batched")
+    fake_cusolver.report_status("cusolverDnXsyevBatched", 7)
+    base, *experts = torch.randn(3, 20, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NumericsError, match=r"(?s)tensor 'here' .*INTERNAL_ERROR") as error:
+        merge_tensors(base, experts, "tsvm", name="here")
+    assert not isinstance(error.value, cusolver.SolverError)
 
 
 @pytest.mark.parametrize("kind", ["power", "noise", "lora"])

@@ -354,7 +354,8 @@ def polar(matrix: torch.Tensor, *, overwrite: bool = False) -> Polar:
 
     Notes
     -----
-    cusolverDnXpolar (cuSOLVER 12.2, CUDA 13.2). Of a zero matrix the factor is the identity.
+    cusolverDnXpolar (cuSOLVER 12.2, CUDA 13.2 update 1). Of a zero matrix the factor is the
+    identity.
     """
     task = _Task("polar", matrix, 2, tall=True, overwrite=overwrite)
     order = min(matrix.shape)

@@ -13,6 +13,9 @@ from resm_kernels.linalg.crossover import Problem, choose, committed_tables, tab
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
+PERTURBATION = 1e-12
+"""What gesvdp may add to singular values, over the largest: one of 1e-6 is then right to 1e-6."""
+
 
 def backend(problem: Problem, device: torch.device) -> str:
     """What runs a problem on a device: `choose` of what is installed and of the device's card."""
@@ -65,10 +68,14 @@ def leading_eigh(matrix: torch.Tensor, count: int) -> Pair | None:
 
 
 def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The thin decomposition of one m x n matrix, as torch.linalg.svd gives it: U, S, V^T."""
+    """The thin decomposition of one m x n matrix, as torch.linalg.svd gives it: U, S, V^T.
+
+    gesvdp moves the singular values of a matrix of deficient rank; torch's has to do for these.
+    """
     if backend(_problem("svd", matrix), matrix.device) == "gesvdp":
-        found, _ = cusolver.gesvdp(matrix)
-        return found.left, found.values, found.right.mT
+        found, perturbation = cusolver.gesvdp(matrix)
+        if perturbation <= PERTURBATION * float(found.values[0]):
+            return found.left, found.values, found.right.mT
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return left, values, right
 

@@ -30,9 +30,9 @@ at 32 x 32, 1.6 at 64 x 64, 1.17 at 128 x 128, 1.12 at 128 x 192; it loses at 25
 BATCH, CACHED_ENTRIES = 16, 1 << 17
 """The most matrices of a batch on a CPU, and of its entries per expert: more gain nothing, and
 from there on lose what the caches hold."""
-GPU_ENTRIES, GPU_MATRICES = 1 << 24, 1 << 15
+GPU_ENTRIES, GPU_MATRICES = 1 << 24, 1 << 14
 """The most entries of a batch on a GPU, all experts together (about 0.6 GB at its peak), and the
-most matrices: cuSOLVER has refused batches of 65,536, the limit of a CUDA grid."""
+most matrices: cuSOLVER's XsyevBatched, which torch calls too, has refused batches of 40,000."""
 CONTRACT_SHARE = 0.75
 """Up to this share of min(m, n) / T per expert the merged delta errs by at most 1e-5."""
 CONTRACT_TOLERANCE = 5e-6

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from resm_kernels.errors import NumericsError, UsageError
+from resm_kernels.linalg.cusolver import SolverError
 from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_deltas
 from resm_kernels.methods.averaging import MODEL_STOCK, PASSTHROUGH, SLERP
 from resm_kernels.methods.base import Merged, Method, Option, matches
@@ -119,7 +120,7 @@ def merge_weight(
     UsageError
         Where the method does not merge this number of experts.
     NumericsError
-        Where memory runs out, or a factorisation does not converge.
+        Where memory runs out, or a factorisation fails or does not converge.
     """
     base = inputs.base
     where = f"tensor {inputs.name!r} {list(base.shape)}"
@@ -138,6 +139,10 @@ def merge_weight(
                 merged = _merge_parts(method, inputs, weights, options, out_dtype, split)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
+    except SolverError as error:
+        raise NumericsError(
+            f"{where}: {error.what}", got=error.got, fix="merge on the CPU"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             raise NumericsError(

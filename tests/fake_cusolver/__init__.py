@@ -89,7 +89,7 @@ class Fake:
         self._handle.fake_status(function.encode(), status)
 
     def report_size(self, function: str, size: int) -> None:
-        """Ask for another workspace than the function needs."""
+        """Another workspace than the function needs, count of Xsyevdx, or 1e20 perturbation."""
         self._handle.fake_size(function.encode(), size)
 
     def gate(self, closed: bool) -> None:

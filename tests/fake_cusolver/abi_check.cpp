@@ -7,6 +7,11 @@
 #define RESM_CUDA_HEADERS
 #include "abi.h"
 
+#if CUSOLVER_VERSION < 12200
+#define NOT_YET(name, result, arguments) result name arguments;
+RESM_XPOLAR(NOT_YET)
+#endif
+
 #define SAME_TYPE(name, result, arguments) \
   static_assert(std::is_same_v<decltype(::name), result arguments>, #name);
 RESM_CUSOLVER(SAME_TYPE)

@@ -326,6 +326,12 @@ void syev(cudaDataType type, cublasFillMode_t uplo, long long n, void* A, long l
 }
 
 std::size_t device_size(long long n, cudaDataType type) { return 8 * n * n + 64 + type; }
+// What XsyevBatched has refused: batches of 40,000 (mujocolab/mjlab #732); JAX counts bytes.
+[[maybe_unused]] bool fits_int32(long long entries, long long batch, cudaDataType type) {
+  const long long bytes = entries * batch * (type == CUDA_R_64F ? 8 : 4);
+  return batch == 1 || (batch <= 16384 && bytes <= std::numeric_limits<int>::max());
+}
+
 std::size_t host_size(long long n) { return 16 * n + 5; }
 
 cusolverStatus_t check(const char* name, cusolverDnHandle_t handle, cusolverDnParams_t params,
@@ -424,7 +430,10 @@ cusolverStatus_t cusolverDnCreate(cusolverDnHandle_t* handle) {
   (*handle)->device = current_device;
   return CUSOLVER_STATUS_SUCCESS;
 }
-cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle) { return dies(handle); }
+cusolverStatus_t cusolverDnDestroy(cusolverDnHandle_t handle) {
+  if (alive(handle) && handle->device != current_device) refuse("cusolverDnDestroy", "device");
+  return dies(handle);
+}
 cusolverStatus_t cusolverDnSetStream(cusolverDnHandle_t handle, cudaStream_t stream) {
   if (!alive(handle)) return CUSOLVER_STATUS_NOT_INITIALIZED;
   if (handle->device != current_device) return refuse("cusolverDnSetStream", "device");
@@ -565,7 +574,7 @@ cusolverStatus_t cusolverDnXgesvdp(cusolverDnHandle_t handle, cusolverDnParams_t
     return bad;
   const auto run = type == CUDA_R_64F ? store_svd<double> : store_svd<float>;
   run(m, n, A, lda, S, U, ldu, V, ldv, std::min(m, n));
-  *perturbation = 1e-9;
+  *perturbation = 1e-20 * told_size(name, 1);
   *info = told_info(0);
   return CUSOLVER_STATUS_SUCCESS;
 }
@@ -617,8 +626,7 @@ cusolverStatus_t cusolverDnXsyevBatched_bufferSize(
   *device_bytes = device_size(n, type) + 16 * batch;
   *host_bytes = host_size(n);
   return check("cusolverDnXsyevBatched_bufferSize", handle, params,
-               n > 0 && batch > 0 && batch < 65536 &&
-                   n * lda * batch <= std::numeric_limits<int>::max(),
+               n > 0 && batch > 0 && fits_int32(n * lda, batch, type),
                A && W, lda >= n);
 }
 cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnParams_t params,
@@ -629,8 +637,7 @@ cusolverStatus_t cusolverDnXsyevBatched(cusolverDnHandle_t handle, cusolverDnPar
   const char* name = "cusolverDnXsyevBatched";
   record(name, n, lda, static_cast<int>(uplo), batch);
   if (const auto bad = check(name, handle, params,
-                             n > 0 && batch > 0 && batch < 65536 &&
-                                 n * lda * batch <= std::numeric_limits<int>::max(),
+                             n > 0 && batch > 0 && fits_int32(n * lda, batch, type),
                              A && W && info, lda >= n))
     return bad;
   if (const auto bad = check_work(name, device, on_device, host, on_host,
