@@ -442,7 +442,7 @@ def _rehearsal(
     layouts = [layout for plan in plans for layout in plan.layouts]
     yield disk_space(layouts, output), load_rates()
     sys.stdout.flush()
-    check_disk(layouts, output)
+    check_disk([] if options.resume else layouts, output)
 
 
 def _verify(options: argparse.Namespace) -> int:

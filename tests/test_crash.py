@@ -9,7 +9,9 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -268,6 +270,43 @@ def test_an_interrupt_waits_for_the_workers_and_cleans_up(
         assert not partial.exists() or list(partial.glob("*.safetensors"))
         resm_kernels.merge(base, experts, tmp_path / "out", resume=True)
     resm_kernels.verify(tmp_path / "out")
+
+
+def _merge_interrupted(base: Path, experts: list[Path], output: Path, queued: bool) -> None:
+    original, left = ThreadPoolExecutor.submit, 4
+
+    def interrupted(self: ThreadPoolExecutor, *given: Any) -> Any:
+        nonlocal left
+        left -= threading.current_thread() is threading.main_thread()
+        if left == 0:
+            left = -1
+            if queued:
+                original(self, *given)
+            raise KeyboardInterrupt
+        return original(self, *given)
+
+    ThreadPoolExecutor.submit = interrupted  # type: ignore[method-assign]
+    try:
+        resm_kernels.merge(base, experts, output)
+    except KeyboardInterrupt:
+        os._exit(42 if not threads() else 1)
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_an_interrupt_while_work_is_handed_over_is_no_hang(
+    queued: bool, family: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, experts, _ = family
+    context = multiprocessing.get_context("fork")
+    given = (base, experts, tmp_path / "out", queued)
+    process = context.Process(target=_merge_interrupted, args=given)
+    process.start()
+    process.join(20)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("still waiting")
+    assert process.exitcode == 42
+    assert not list(tmp_path.iterdir())
 
 
 def test_threads_that_cannot_start_are_an_error_not_a_hang(

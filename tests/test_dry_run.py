@@ -215,6 +215,13 @@ Change = Callable[[dict[str, Any]], object]
         lambda c: c["entries"].update(ties=None),
         lambda c: c.update(cores=0),
         lambda c: c.update(cores="2"),
+        lambda c: c.update(cores=1.5),
+        lambda c: c.update(cores=10**400),
+        lambda c: c["write"].update(wall=5e-324),
+        lambda c: c["entries"].update(ties=1e-300),
+        lambda c: c["work"].update(gemm_fp64=1e300),
+        lambda c: c.update(day="\x1b]0;owned\x07"),
+        lambda c: c.update(day=["2026-01-01"]),
         lambda c: c.update(tensor_seconds=True),
         lambda c: c.update(machine="another one"),
         lambda c: c.update(more=1),
@@ -296,6 +303,15 @@ def test_a_full_disk_is_refused_after_the_plan(
         assert json.loads(out)["free_disk_bytes"] == 1000
     else:
         assert "67.1 MB needed, 1 kB free" in " ".join(out.split())
+
+
+def test_a_full_disk_is_no_reason_not_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an interrupted merge wrote is what fills it."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert main(command(save_family(tmp_path), tmp_path / "out", "--resume")) == 0
 
 
 def test_planning_stays_below_a_millisecond_a_tensor(tmp_path: Path) -> None:

@@ -165,6 +165,9 @@ def test_memory_of_a_device_is_bounded_and_what_it_cannot_hold_stays_on_the_host
         report = merge_on([lane], *family, output, device_memory=budget, shard_size="40KB")
         assert model_files(output) == whole
         assert lane.attempts == expected
+        left = {name for name in SHAPES if name.startswith("layers")} if expected == 5 else set()
+        note = "needs more memory than a device has: merged on the CPU"
+        assert report.all_notes == dict.fromkeys(left, (note,))
         assert 0 < report.peak_device_memory["posing:0"] <= budget
         assert 0 < report.predicted_device_memory <= budget
 
@@ -174,10 +177,14 @@ def test_what_neither_a_device_nor_the_host_can_hold_is_refused(
 ) -> None:
     made = resm_kernels.plan(*family)
     matrix = next(tensor for tensor in made.tensors if tensor.name == MATRIX)
-    small = dataclasses.replace(made, device_memory=1, memory_budget=matrix.memory - 1)
-    with pytest.raises(PlanError, match="needs more memory than allowed"):
+    budget = lanes.STAGING + matrix.memory - 1
+    small = dataclasses.replace(made, device_memory=1, memory_budget=budget)
+    with pytest.raises(PlanError, match=r"layers.*needs more memory than allowed"):
         plan_steps([small])
     plan_steps([dataclasses.replace(small, device_memory=matrix.memory)])
+    plan_steps([dataclasses.replace(small, memory_budget=budget + 1)])
+    with pytest.raises(PlanError, match="the buffers of 1 devices need more memory than allowed"):
+        plan_steps([dataclasses.replace(small, memory_budget=lanes.STAGING)])
 
 
 Fails = Callable[[PosingLane, Any], bool]

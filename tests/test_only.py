@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import resm_kernels
-from resm_kernels.checkpoint.files import unseal
+from resm_kernels.checkpoint.files import seal, unseal
 from resm_kernels.checkpoint.journal import MANIFEST, REPORT
 from resm_kernels.cli import main
 from resm_kernels.engine import target
-from resm_kernels.errors import PlanError, UsageError
+from resm_kernels.errors import PlanError, UsageError, VerificationError
 from tests.checkpoints import contents, fine_tuned, make_state, save, save_family
 from tests.test_merge import load
 
@@ -70,6 +70,17 @@ def test_a_part_never_looks_like_a_model(
     assert main(["report", str(out)]) == 0
 
 
+@pytest.mark.parametrize("part", [None, 3, [], {}, {"of": float("inf")}, {"of": "9"}, {"of": -1}])
+def test_a_manifest_that_lies_about_its_part(part: object, tmp_path: Path) -> None:
+    base, experts = save_family(tmp_path)
+    resm_kernels.merge(base, experts, tmp_path / "part", only=[LAYER])
+    manifest = tmp_path / "part" / MANIFEST
+    manifest.write_bytes(seal({**unseal(manifest), "part": part}))
+    assert main(["verify", str(tmp_path / "part")]) == 1
+    with pytest.raises(VerificationError, match="sealed, but not a manifest"):
+        resm_kernels.verify(tmp_path / "part")
+
+
 @pytest.mark.parametrize("role", ["base", "expert"])
 def test_a_part_is_refused_as_an_input(role: str, tmp_path: Path) -> None:
     """Also where it holds every tensor, and by the file alone."""
@@ -93,6 +104,9 @@ def test_a_pattern_that_matches_nothing_names_near_ones(tmp_path: Path) -> None:
     assert "  - 'model.nrom.weight' (did you mean 'model.norm.weight'?)" in lines
     assert "  - '['" in lines
     assert "  - 'zzz'" in lines
+    with pytest.raises(UsageError) as caught:
+        resm_kernels.plan(base, experts, only=[f"zzz{i}" for i in range(1000)])
+    assert "  - 'zzz19'\n  - and 980 more patterns\n" in str(caught.value)
 
 
 @pytest.mark.parametrize("only", [[""], [3], ["*"] * 1001])

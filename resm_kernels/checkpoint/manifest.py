@@ -12,6 +12,7 @@ from typing import Any
 from resm_kernels import __version__
 from resm_kernels.checkpoint.files import check_sealed_text, hash_ranges, seal, unseal
 from resm_kernels.checkpoint.journal import JOURNAL, MANIFEST, PAGE, REPORT
+from resm_kernels.checkpoint.layout import are_sizes
 from resm_kernels.checkpoint.writer import ShardLayout, weight_map
 from resm_kernels.errors import VerificationError
 
@@ -160,7 +161,9 @@ def _verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> Verification:
             "\n".join([f"{folder}: does not match its manifest", *(f"  - {p}" for p in problems)])
         )
     known = {*manifest["files"], MANIFEST, REPORT, PAGE, JOURNAL}
-    part = manifest.get("part")
+    part_of = manifest["part"]["of"] if "part" in manifest else None
+    if part_of is not None and not are_sizes([part_of]):
+        raise ValueError(f"part of {part_of!r} tensors")
     unlisted = sorted(
         p.relative_to(folder).as_posix()
         for p in folder.rglob("*")
@@ -173,7 +176,7 @@ def _verify_manifest(folder: Path, manifest: Mapping[str, Any]) -> Verification:
         tensors=len(manifest["tensors"]),
         total_bytes=total,
         unlisted=tuple(unlisted),
-        part_of=int(part["of"]) if part else None,
+        part_of=part_of,
     )
 
 

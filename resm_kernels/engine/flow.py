@@ -170,6 +170,8 @@ class Run:
         if task.again or not lanes or task.step.stays_on_host(self.plan):
             lanes = (self._host,)
             if self._devices:
+                if not task.again and any(tensor.experts for tensor in task.step.tensors):
+                    self._note(task, "needs more memory than a device has: merged on the CPU")
                 task.step = task.step.on_host
         step = task.step
         bids = [Bid(lane.account, step.memory, step.cost) for lane in lanes]
@@ -198,8 +200,11 @@ class Run:
 
     def _submit(self, pool: str, work: Callable[..., None], *given: object) -> None:
         stage = pool.partition(" ")[0]
+        once = threading.Lock()
 
         def guarded() -> None:
+            if not once.acquire(blocking=False):
+                return
             start = time.perf_counter()
             try:
                 if self.error is None:
@@ -212,13 +217,16 @@ class Run:
                 self.timeline.add(track, start, stop)
                 self._ended(guarded, stage, stop - start)
 
-        with self._change:
-            self._running.add(guarded)
         try:
+            with self._change:
+                self._running.add(guarded)
             self._pools[pool].submit(guarded)
         except RuntimeError as error:
             self._fail(ResmError(f"the merge cannot go on: {error}", fix="fewer --workers"))
-            self._ended(guarded, stage, 0.0)
+            guarded()
+        except BaseException as error:  # Ctrl-C, before or after the pool took it
+            self._fail(error)
+            guarded()
 
     def _ended(self, task: Callable[[], None], stage: str, seconds: float) -> None:
         with self._change:

@@ -283,7 +283,7 @@ def host_lane(plan: MergePlan) -> Lane:
     cpu = torch.device("cpu")
     if not plan.has_devices:
         return Lane("cpu", cpu, plan.workers, plan.memory_budget)
-    return Lane("cpu", cpu, 1, max(1, plan.memory_budget - len(plan.devices) * STAGING))
+    return Lane("cpu", cpu, 1, plan.memory_budget - plan.staging)
 
 
 def device_lanes(plan: MergePlan) -> list[StagedLane]:

@@ -60,6 +60,8 @@ BYTE_COST = 40.0
 """Operations in whose time a core moves one byte of an element-wise merge."""
 MAX_NEAR = 5000
 """Most names that a pattern is compared with letter by letter."""
+MAX_IDLE = 20
+"""Most patterns for which names near them are looked for."""
 MARGIN = 64 << 20
 """Disk bytes kept free beside the shards, for the small files."""
 
@@ -237,17 +239,25 @@ def plan_steps(plans: Sequence[MergePlan]) -> tuple[Step, ...]:
     Raises
     ------
     PlanError
-        Where one weight, for all outputs, needs more memory than the budget.
+        Where one weight, for all outputs, or the buffers of the devices need more memory than the
+        budget.
     """
     if len(plans) == 1:
         steps = tuple(tensor.step for tensor in plans[0].tensors)
     else:
         steps = tuple(map(Step, zip(*(plan.tensors for plan in plans), strict=True)))
+    budget = plans[0].memory_budget - plans[0].staging
+    if budget <= 0:
+        raise PlanError(
+            f"the buffers of {len(plans[0].devices)} devices need more memory than allowed",
+            got=f"{plans[0].staging:,} bytes",
+            expected=f"less than {plans[0].memory_budget:,} bytes",
+            fix="raise --memory-budget, or name fewer devices",
+        )
     on_host = [step for step, _ in _on_host(steps, plans[0])]
     if not on_host:
         return steps
     largest = max(on_host, key=lambda step: step.memory)
-    budget = plans[0].memory_budget
     if largest.memory > budget:
         slot = largest.tensors[0].slot
         many = f" for {len(plans)} outputs" if len(plans) > 1 else ""
@@ -273,8 +283,7 @@ def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
     on_host = _on_host(steps, plan)
     workers = on_host[0][1] if on_host else 1
     peak = _peak([step for step, _ in on_host], workers)
-    staging = len(plan.devices) * STAGING if plan.has_devices else 0
-    return max(min(peak + staging, plan.memory_budget), staging)
+    return min(peak + plan.staging, plan.memory_budget)
 
 
 def predicted_device_peak(steps: Sequence[Step], plan: MergePlan) -> int:
@@ -320,8 +329,9 @@ class MergePlan:
     workers : int
         Weights merged at the same time, on each device.
     memory_budget, device_memory : int
-        Resolved engine options, in bytes, the second for each device and 0 for the CPU; like
-        `workers` and the number of devices they do not change the bytes.
+        Resolved engine options, in bytes, the second for each device and 0 for the CPU. Like
+        `workers` and the number of devices they are no part of the id: the bytes depend on none
+        of them, but for weights that no device can hold, which the CPU merges (noted).
     part : Part or None
         Which tensors of the whole merge these are, where `only` chose some.
     """
@@ -350,6 +360,11 @@ class MergePlan:
     def has_devices(self) -> bool:
         """Whether there are devices beside the CPU."""
         return self.device_memory > 0
+
+    @property
+    def staging(self) -> int:
+        """Bytes of the host's buffers for devices."""
+        return len(self.devices) * STAGING if self.has_devices else 0
 
     @property
     def read_bytes(self) -> int:
@@ -632,14 +647,17 @@ def _chosen(names: Collection[str], only: Sequence[str]) -> dict[str, None]:
     Raises
     ------
     UsageError
-        Naming every pattern that matches nothing, and names near it.
+        Naming patterns that match nothing, and names near them.
     """
     if not only:
         return dict.fromkeys(names)
     found = {pattern: {n for n in names if fnmatchcase(n, pattern)} for pattern in only}
-    if idle := [_near(pattern, names) for pattern, some in found.items() if not some]:
+    if idle := [pattern for pattern, some in found.items() if not some]:
+        listed = [_near(pattern, names) for pattern in idle[:MAX_IDLE]]
+        if len(idle) > MAX_IDLE:
+            listed.append(f"  - and {len(idle) - MAX_IDLE} more patterns")
         raise UsageError(
-            "\n".join(["--only: no tensor of the base has such a name:", *idle]),
+            "\n".join(["--only: no tensor of the base has such a name:", *listed]),
             expected="shell-style patterns of whole names, such as 'model.layers.40.*'",
         )
     chosen = set().union(*found.values())

@@ -39,6 +39,9 @@ SIDE = 1024
 ENTRIES = 1 << 22
 """Entries of the weight that element-wise methods merge."""
 EXPERTS = 3
+LEAST, MOST = 1e-40, 1e40
+"""Rates and paces beyond these are none, and would overflow."""
+DAY = "%Y-%m-%d"
 FEW, MANY = 100, 400
 """Tensors of the merges that have nothing but overhead."""
 
@@ -103,9 +106,11 @@ class Rates:
             for stage in ("read", "write", "finish"):
                 numbers |= {f"{stage} {name}": value for name, value in values[stage].items()}
                 values[stage] = Pace(**values[stage])
-            positive = all(isinstance(n, float) and 0 < n < math.inf for n in numbers.values())
-            if not positive or not values["cores"] >= 1 or not {*ELEMENT_WISE} <= {*numbers}:
+            sane = all(isinstance(n, float) and LEAST <= n <= MOST for n in numbers.values())
+            cores = type(values["cores"]) is int and 1 <= values["cores"] <= MOST
+            if not (sane and cores and {*ELEMENT_WISE} <= {*values["entries"]}):
                 raise ValueError("not the rates of a machine")
+            time.strptime(values["day"], DAY)
             values["work"] = Work(**values["work"])
             return cls(**values)
         except (AttributeError, KeyError, TypeError) as error:
@@ -179,7 +184,7 @@ def measure_rates(folder: Path) -> Rates:
         tensor_seconds=max(many - few, 1e-3) / (MANY - FEW),
         cores=usable_cores(),
         machine=machine(),
-        day=time.strftime("%Y-%m-%d"),
+        day=time.strftime(DAY),
     )
 
 
