@@ -86,7 +86,7 @@ def test_values_as_mergekit_carries_them(name: str, value: Any, meant: dict[str,
         ("mask_noise", "yes", "got 'yes', expected true or false"),
         ("mask_noise", None, "got None, expected true or false"),
         ("exclude", "*mlp*", r"got '\*mlp\*', expected true or false"),
-        ("rank", "enrgy", "got 'enrgy', expected one of sparsity, energy, fixed"),
+        ("rank", "enrgy", "got 'enrgy', expected one of energy, sparsity, fixed"),
         ("rank.fixed", 2, "got 2, expected true or false"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -59,13 +60,16 @@ def fingerprints(inputs: Path, outputs: Path) -> dict[str, list[str]]:
     base, experts = inputs / "base", [inputs / f"e{t}" for t in range(3)]
     found: dict[str, list[str]] = {}
     for method in METHODS:
+        merge = functools.partial(resm_kernels.merge, method=method)
+        if method == "resm":  # else it is TSV-M for spectra as flat as these
+            merge = functools.partial(merge, parameters={"outlier_power": 0.5})
         for workers in WORKERS:
             output = outputs / f"{method}-{workers}"
-            resm_kernels.merge(base, experts, output, method, workers=workers, shard_size="40KB")
+            merge(base, experts, output, workers=workers, shard_size="40KB")
             found.setdefault(f"{method} files", []).append(files(output))
         for size in SHARD_SIZES:
             output = outputs / f"{method}-{size}"
-            resm_kernels.merge(base, experts, output, method, shard_size=size)
+            merge(base, experts, output, shard_size=size)
             found.setdefault(f"{method} tensors", []).append(tensors(output))
     return found
 
