@@ -22,7 +22,8 @@ from resm_kernels.engine.flow import Progress
 from resm_kernels.engine.inspection import Inspection, inspect_experts
 from resm_kernels.engine.options import EngineOptions, parse_size
 from resm_kernels.engine.pipeline import run_plan, run_plans
-from resm_kernels.engine.plan import MergePlan, make_plan, make_plans
+from resm_kernels.engine.plan import MergePlan
+from resm_kernels.engine.planning import make_plan, make_plans
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import NonFiniteError, UsageError, VerificationError
 from resm_kernels.methods import Inputs, find_method, merge_weight, split_of

@@ -22,7 +22,7 @@ from resm_kernels.checkpoint.dtypes import DTYPES
 from resm_kernels.checkpoint.files import unseal
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
-from resm_kernels.engine import flow, lanes, matching, plan
+from resm_kernels.engine import devices, flow, lanes, matching, planning
 from resm_kernels.engine.lanes import CudaLane, StagedLane
 from resm_kernels.engine.plan import plan_steps
 from resm_kernels.engine.result import MergeReport
@@ -419,7 +419,7 @@ def with_devices(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(kinds))
     monkeypatch.setattr(dispatch, "card", lambda device: kinds[device.index])
-    monkeypatch.setattr(plan, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(planning, "architecture", lambda device: "sm_90")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def with_devices(monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
 )
 def test_names_of_devices(name: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with_devices(monkeypatch, "H100", "H100")
-    assert [str(device) for device in plan.find_devices(name)] == found
+    assert [str(device) for device in devices.find_devices(name)] == found
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_devices_that_cannot_be_meant(
 ) -> None:
     with_devices(monkeypatch, *kinds)
     with pytest.raises(UsageError, match=error):
-        plan.find_devices(name)
+        devices.find_devices(name)
 
 
 def test_a_device_that_cannot_be_used_is_one_error(
@@ -474,7 +474,7 @@ def test_a_device_that_cannot_be_used_is_one_error(
     made = resm_kernels.plan(*family, device="cuda", memory_budget="8GB")
     assert (made.device_memory, made.workers) == (850_000_000, 2)
     assert resm_kernels.plan(*family, device="cuda", gpu_memory="1GB").device_memory == 10**9
-    monkeypatch.setattr(lanes, "CudaLane", broken)
+    monkeypatch.setattr(flow, "CudaLane", broken)
     with pytest.raises(PlanError, match="cuda:0 cannot be used: CUDA error: device is busy"):
         api.execute(made, tmp_path / "out")
     assert not list(tmp_path.iterdir())

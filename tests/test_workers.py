@@ -12,7 +12,8 @@ import pytest
 
 import resm_kernels
 from resm_kernels.cli import main
-from resm_kernels.engine import plan as plans
+from resm_kernels.engine import planning
+from resm_kernels.engine.lanes import STAGING
 from resm_kernels.engine.ledger import Account, Bid, Ledger
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.engine.plan import (
@@ -55,7 +56,7 @@ def test_one_worker_per_slot_or_as_many_as_memory_holds(
 
 def test_the_plan_chooses_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, experts = save_family(tmp_path)
-    monkeypatch.setattr(plans, "usable_cores", lambda: 6)
+    monkeypatch.setattr(planning, "usable_cores", lambda: 6)
     made = resm_kernels.plan(base, experts)
     assert (made.workers, made.options.threads) == (6, 1)
     assert resm_kernels.plan(base, experts, threads=2).workers == 3
@@ -104,10 +105,10 @@ def test_devices_are_planned_with_a_memory_of_their_own(tmp_path: Path) -> None:
     steps = plan_steps([made])
     assert predicted_device_peak(steps, made) == made.peak_device_memory == 0
     assert predicted_device_peak(steps, there) == made.peak_memory
-    assert predicted_peak(steps, there) == plans.STAGING
+    assert predicted_peak(steps, there) == STAGING
     several = dataclasses.replace(there, devices=there.devices * 3)
     assert there.peak_device_memory <= several.peak_device_memory
-    assert several.peak_memory == 3 * plans.STAGING
+    assert several.peak_memory == 3 * STAGING
     small = dataclasses.replace(there, device_memory=there.peak_device_memory // 2)
     assert small.peak_device_memory <= small.device_memory
     assert {"peak_device_memory_bytes", "device_memory_bytes"} <= there.to_dict().keys()

@@ -101,6 +101,8 @@ def main() -> None:
         jobs = [(score_and_keep, (arguments.work, case, scale)) for case in wanted]
         carry_out(jobs, pool, started)
     rows = [row for case in wanted for row in kept_rows(arguments.work, case)]
+    for row in rows:
+        del row["settings"]
     write("quality", rows, workers, arguments.out)
     report(arguments.out, arguments.docs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,9 +41,22 @@ class Candidate:
     @property
     def settings(self) -> str:
         """All its parameters, defaults included, but those that no candidate varies."""
-        known = find_method(self.method).specs
-        values = {name: option.default for name, option in known.items()} | self.parameters
-        return " ".join(f"{name}={values[name]}" for name in sorted(values.keys() - UNVARIED))
+        values = self._defaults | self.parameters
+        return _told({name: value for name, value in values.items() if name not in UNVARIED})
+
+    @property
+    def changed(self) -> str:
+        """Its parameters that are not at their defaults."""
+        defaults = self._defaults
+        return _told({n: value for n, value in self.parameters.items() if value != defaults[n]})
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return {name: option.default for name, option in find_method(self.method).specs.items()}
+
+
+def _told(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={values[name]}" for name in sorted(values))
 
 
 def methods(count: int) -> list[Candidate]:

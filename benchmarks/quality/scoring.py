@@ -65,7 +65,7 @@ def score_and_keep(work: Path, case: Case, scale: Scale) -> None:
     for label, group in groupby(candidates, lambda candidate: candidate.label):
         competing = list(group)
         known = {candidate.settings for candidate in competing}
-        kept = [r for r in earlier if r["model"] == label and r["parameters"] in known]
+        kept = [r for r in earlier if r["model"] == label and r["settings"] in known]
         rows += kept or scoring.contest(competing)
     partial = work / f"{case.name}.partial"
     partial.write_text(json.dumps(rows))
@@ -107,7 +107,7 @@ class _Scoring:
         self.vessel.load_state_dict(self._merge(best.candidate, best.lambda_, "bfloat16"))
         scores = evaluate(self.vessel, self.tokenizer, self.test)
         chosen = best.candidate
-        return self._rows(chosen.label, chosen.group, scores, best.lambda_, chosen.settings)
+        return self._rows(chosen.label, chosen.group, scores, best.lambda_, chosen)
 
     def _best(self, candidate: Candidate) -> _Chosen:
         """The candidate with the lambda that is best on validation prompts."""
@@ -165,7 +165,7 @@ class _Scoring:
         group: str,
         scores: Mapping[str, Score],
         value: float | None = None,
-        settings: str = "",
+        chosen: Candidate | None = None,
     ) -> list[Row]:
         case = self.case
         return [
@@ -176,7 +176,8 @@ class _Scoring:
                 "seed": case.family.seed,
                 "group": group,
                 "model": model,
-                "parameters": settings,
+                "settings": chosen.settings if chosen else "",
+                "parameters": chosen.changed if chosen else "",
                 "lambda": "" if value is None else f"{value:.4g}",
                 "skill": skill,
                 "exact_match": round(score.exact_match, 4),

@@ -14,15 +14,15 @@ from typing import Protocol
 import torch
 
 from resm_kernels.checkpoint.writer import ShardFile
-from resm_kernels.engine.lanes import PREFETCH, Lane, Mark, Value, device_lanes, host_lane
+from resm_kernels.engine.lanes import PREFETCH, CudaLane, Lane, Mark, StagedLane, Value
 from resm_kernels.engine.ledger import Bid, Ledger
 from resm_kernels.engine.matching import Key
 from resm_kernels.engine.merging import Loaded, merge_planned
-from resm_kernels.engine.plan import PlannedTensor, Step
+from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step
 from resm_kernels.engine.result import Measures, TensorResult
 from resm_kernels.engine.target import Target
 from resm_kernels.engine.timeline import Timeline
-from resm_kernels.errors import ResmError
+from resm_kernels.errors import PlanError, ResmError
 from resm_kernels.methods import Merged, out_of_memory
 
 LOG = logging.getLogger(__name__)
@@ -365,3 +365,28 @@ class Run:
         del target.shards[index]
         results = {slot.name: asdict(target.results[slot.name]) for slot in shard.layout.slots}
         target.folder.shard_done(shard.layout.name, digest, shard.digests, results)
+
+
+def host_lane(plan: MergePlan) -> Lane:
+    """The CPU: for everything, or beside devices for copies and what does not fit them."""
+    cpu = torch.device("cpu")
+    if not plan.has_devices:
+        return Lane("cpu", cpu, plan.workers, plan.memory_budget)
+    return Lane("cpu", cpu, 1, plan.memory_budget - plan.staging)
+
+
+def device_lanes(plan: MergePlan) -> list[StagedLane]:
+    """A lane per device of the plan; none for the CPU.
+
+    Raises
+    ------
+    PlanError
+        Where a device cannot be used.
+    """
+    lanes: list[StagedLane] = []
+    for device in plan.devices if plan.has_devices else ():
+        try:
+            lanes.append(CudaLane(str(device), device, plan.workers, plan.device_memory))
+        except RuntimeError as error:
+            raise PlanError(f"{device} cannot be used: {error}", fix="use --device cpu") from error
+    return lanes

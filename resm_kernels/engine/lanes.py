@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,12 +21,8 @@ from resm_kernels.checkpoint.files import PIECE
 from resm_kernels.checkpoint.reader import HOST, Fill, Place
 from resm_kernels.checkpoint.writer import tensor_bytes
 from resm_kernels.engine.ledger import Account
-from resm_kernels.errors import PlanError
 from resm_kernels.linalg import FactoredDelta
 from resm_kernels.ops.dtypes import chunks
-
-if TYPE_CHECKING:
-    from resm_kernels.engine.plan import MergePlan
 
 LOG = logging.getLogger(__name__)
 
@@ -276,28 +272,3 @@ class CudaLane(StagedLane):
     def peak(self) -> int:
         """The caching allocator's figure."""
         return int(torch.cuda.max_memory_allocated(self.device) - self._before)
-
-
-def host_lane(plan: MergePlan) -> Lane:
-    """The CPU: for everything, or beside devices for copies and what does not fit them."""
-    cpu = torch.device("cpu")
-    if not plan.has_devices:
-        return Lane("cpu", cpu, plan.workers, plan.memory_budget)
-    return Lane("cpu", cpu, 1, plan.memory_budget - plan.staging)
-
-
-def device_lanes(plan: MergePlan) -> list[StagedLane]:
-    """A lane per device of the plan; none for the CPU.
-
-    Raises
-    ------
-    PlanError
-        Where a device cannot be used.
-    """
-    lanes: list[StagedLane] = []
-    for device in plan.devices if plan.has_devices else ():
-        try:
-            lanes.append(CudaLane(str(device), device, plan.workers, plan.device_memory))
-        except RuntimeError as error:
-            raise PlanError(f"{device} cannot be used: {error}", fix="use --device cpu") from error
-    return lanes

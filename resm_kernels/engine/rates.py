@@ -24,7 +24,7 @@ from resm_kernels.checkpoint.reader import read_tensor
 from resm_kernels.checkpoint.writer import ShardFile, lay_out_shards
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.engine.pipeline import run_plan
-from resm_kernels.engine.plan import make_plan
+from resm_kernels.engine.planning import make_plan
 from resm_kernels.errors import VerificationError
 from resm_kernels.linalg import Work, measured_rates
 from resm_kernels.methods import METHODS, Inputs, Method, merge_weight

@@ -28,7 +28,7 @@ from resm_kernels.checkpoint.tokens import read_vocabulary
 from resm_kernels.checkpoint.vocabulary import align, align_tables, differences, output_files
 from resm_kernels.checkpoint.writer import lay_out_shards
 from resm_kernels.engine.options import EngineOptions
-from resm_kernels.engine.plan import make_plan
+from resm_kernels.engine.planning import make_plan
 from resm_kernels.engine.result import TensorResult
 from resm_kernels.errors import ResmError
 from resm_kernels.recipe import build_recipe, build_recipes, parse_yaml
