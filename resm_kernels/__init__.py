@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from resm_kernels.api import (
         verify as verify,
     )
+    from resm_kernels.engine.ray import RayExecutor as RayExecutor
 
 __all__ = [
+    "RayExecutor",
     "__version__",
     "compare",
     "draw_report",
@@ -55,5 +57,6 @@ if not TYPE_CHECKING:  # else type checkers would take a name that is not there 
     def __getattr__(name: str) -> Any:
         """Import the API on first use, so that `import resm_kernels` does not import torch."""
         if name in __all__:
-            return getattr(importlib.import_module("resm_kernels.api"), name)
+            room = "resm_kernels.engine.ray" if name == "RayExecutor" else "resm_kernels.api"
+            return getattr(importlib.import_module(room), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,12 +18,12 @@ from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.journal import PAGE, REPORT
 from resm_kernels.checkpoint.manifest import Verification, verify_folder
 from resm_kernels.engine.comparison import Comparison, compare_checkpoints
+from resm_kernels.engine.executor import Executor, find_executor
 from resm_kernels.engine.flow import Progress
 from resm_kernels.engine.inspection import Inspection, inspect_experts
 from resm_kernels.engine.options import EngineOptions, parse_size
 from resm_kernels.engine.pipeline import run_plan, run_plans
 from resm_kernels.engine.plan import MergePlan
-from resm_kernels.engine.planning import make_plan, make_plans
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import NonFiniteError, UsageError, VerificationError
 from resm_kernels.methods import Inputs, find_method, merge_weight, split_of
@@ -68,6 +68,7 @@ def merge(
     resume: bool = False,
     no_report: bool = False,
     progress: Progress | None = None,
+    executor: str | Executor = "local",
 ) -> MergeReport:
     """Merge checkpoints on disk into a new checkpoint, tensor by tensor.
 
@@ -101,6 +102,9 @@ allow_extra
         Leave out `resm_report.html`.
     progress : Progress, optional
         Told about bytes as they are done.
+    executor : str or RayExecutor
+        `local`, `ray` (the cluster in RAY_ADDRESS or on this machine), or
+        `RayExecutor(address, cpus)`; the bytes are the same.
 
     Returns
     -------
@@ -119,6 +123,7 @@ allow_extra
     """
     if output is None:
         raise UsageError("merge: no output folder given")
+    executor = find_executor(executor)
     made = plan(
         base,
         experts,
@@ -137,8 +142,16 @@ allow_extra
         allow_missing=allow_missing,
         allow_extra=allow_extra,
         only=only,
+        executor=executor,
     )
-    return execute(made, output, resume=resume, no_report=no_report, progress=progress)
+    return execute(
+        made,
+        output,
+        resume=resume,
+        no_report=no_report,
+        progress=progress,
+        executor=executor,
+    )
 
 
 def plan(
@@ -152,6 +165,7 @@ def plan(
     out_dtype: str | None = None,
     memory_budget: int | str | None = None,
     shard_size: int | str = "5GB",
+    executor: str | Executor = "local",
     **options: Any,
 ) -> MergePlan:
     """Plan a merge from headers alone; parameters as for `merge`, nothing is written."""
@@ -160,8 +174,9 @@ def plan(
     inline = _Inline(base, experts, weights, parameters, out_dtype, chosen)
     if isinstance(recipe, Recipe):
         inline.leave_to_recipe("merge")
-        return make_plan(recipe, engine)
-    return make_plan(build_recipe(*_content("merge", recipe, inline)), engine)
+    else:
+        recipe = build_recipe(*_content("merge", recipe, inline))
+    return find_executor(executor).make_plans([recipe], engine)[0]
 
 
 def execute(
@@ -171,6 +186,7 @@ def execute(
     resume: bool = False,
     no_report: bool = False,
     progress: Progress | None = None,
+    executor: str | Executor = "local",
 ) -> MergeReport:
     """Carry out a plan; `output` and errors as for `merge`."""
     return run_plan(
@@ -180,6 +196,7 @@ def execute(
         progress=progress,
         extra_files=_written_files,
         draw=None if no_report else merge_page,
+        executor=find_executor(executor),
     )
 
 
@@ -197,6 +214,7 @@ def sweep(
     resume: bool = False,
     no_report: bool = False,
     progress: Progress | None = None,
+    executor: str | Executor = "local",
     **options: Any,
 ) -> dict[str, MergeReport]:
     """Merge the same models several times in one pass over them.
@@ -228,6 +246,7 @@ def sweep(
     """
     if output is None:
         raise UsageError("sweep: no output folder given")
+    executor = find_executor(executor)
     made = plan_sweep(
         base,
         experts,
@@ -237,9 +256,17 @@ def sweep(
         weights=weights,
         parameters=parameters,
         out_dtype=out_dtype,
+        executor=executor,
         **options,
     )
-    return execute_sweep(made, output, resume=resume, no_report=no_report, progress=progress)
+    return execute_sweep(
+        made,
+        output,
+        resume=resume,
+        no_report=no_report,
+        progress=progress,
+        executor=executor,
+    )
 
 
 def plan_sweep(
@@ -252,6 +279,7 @@ def plan_sweep(
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
     out_dtype: str | None = None,
+    executor: str | Executor = "local",
     **options: Any,
 ) -> dict[str, MergePlan]:
     """Plan a sweep; parameters as for `sweep`, nothing is written."""
@@ -273,7 +301,8 @@ def plan_sweep(
             fix="give several lambdas or methods, list outputs in the recipe, or use merge",
         )
     recipes = build_recipes(content, source)
-    return dict(zip(recipes, make_plans([*recipes.values()], _engine(**options)), strict=True))
+    plans = find_executor(executor).make_plans([*recipes.values()], _engine(**options))
+    return dict(zip(recipes, plans, strict=True))
 
 
 def execute_sweep(
@@ -283,6 +312,7 @@ def execute_sweep(
     resume: bool = False,
     no_report: bool = False,
     progress: Progress | None = None,
+    executor: str | Executor = "local",
 ) -> dict[str, MergeReport]:
     """Carry out the plans of a sweep; `output` and errors as for `sweep`."""
     return run_plans(
@@ -292,6 +322,7 @@ def execute_sweep(
         progress=progress,
         extra_files=_written_files,
         draw=None if no_report else merge_page,
+        executor=find_executor(executor),
     )
 
 

@@ -17,6 +17,7 @@ from resm_kernels import __version__
 from resm_kernels.errors import RecipeError, ResmError, UsageError
 
 if TYPE_CHECKING:
+    from resm_kernels.engine.executor import Executor
     from resm_kernels.engine.plan import MergePlan
     from resm_kernels.engine.rates import Rates
 
@@ -268,6 +269,23 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         help="merge just the tensors whose whole name matches, such as 'model.layers.40.*' "
         "(shell-style, as in exclude); the output is a part and no model; repeat",
     )
+    how.add_argument(
+        "--executor",
+        choices=("local", "ray"),
+        default="local",
+        help="where to merge: this machine (default), or a Ray cluster that shares its files",
+    )
+    how.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of the cluster (default: that in RAY_ADDRESS, or the one on this machine)",
+    )
+    how.add_argument(
+        "--ray-cpus",
+        type=int,
+        metavar="N",
+        help="CPUs of each worker (default: a whole machine's, or its share for every GPU)",
+    )
     how.add_argument("--no-report", action="store_true", help="do not write resm_report.html")
     how.add_argument("--quiet", action="store_true", help="no progress")
     return what
@@ -282,7 +300,8 @@ def _merge(options: argparse.Namespace) -> int:
     from resm_kernels.engine.forecast import forecast
     from resm_kernels.report.tables import machine_facts, plan_table, report_table
 
-    made = api.plan(**_what(options), **_how(options))
+    executor = _executor(options)
+    made = api.plan(**_what(options), **_how(options), executor=executor)
     if options.dry_run:
         with _rehearsal([made], options) as (space, rates):
             if options.json:
@@ -298,7 +317,7 @@ def _merge(options: argparse.Namespace) -> int:
             else:
                 Console().print(plan_table(made, machine_facts([made], space, rates)))
         return 0
-    report = api.execute(made, options.paths[-1], **_execution(options))
+    report = api.execute(made, options.paths[-1], **_execution(options), executor=executor)
     if options.json:
         _print_json(report.to_dict())
     else:
@@ -317,7 +336,9 @@ def _sweep(options: argparse.Namespace) -> int:
     options.method = options.lambda_ = None
     what = _what(options)
     what.pop("method", None)
-    made = api.plan_sweep(**what, methods=methods, lambdas=lambdas, **_how(options))
+    executor = _executor(options)
+    given = {**what, **_how(options), "executor": executor}
+    made = api.plan_sweep(methods=methods, lambdas=lambdas, **given)
     if options.dry_run:
         plans = [*made.values()]
         with _rehearsal(plans, options) as (space, rates):
@@ -327,12 +348,28 @@ def _sweep(options: argparse.Namespace) -> int:
                 together = sweep_facts(plans, machine_facts(plans, space, rates))
                 Console().print(*map(plan_table, plans), together, sep="\n")
         return 0
-    reports = api.execute_sweep(made, options.paths[-1], **_execution(options))
+    given = {**_execution(options), "executor": executor}
+    reports = api.execute_sweep(made, options.paths[-1], **given)
     if options.json:
         _print_json({name: report.to_dict() for name, report in reports.items()})
     else:
         Console().print(sweep_table(reports))
     return 0
+
+
+def _executor(options: argparse.Namespace) -> Executor:
+    """Where to merge."""
+    from resm_kernels.engine.executor import LocalExecutor
+
+    if options.executor == "local":
+        if options.ray_address is not None or options.ray_cpus is not None:
+            raise UsageError(
+                "--ray-address and --ray-cpus belong to a cluster", fix="add --executor ray"
+            )
+        return LocalExecutor()
+    from resm_kernels.engine.ray import RayExecutor
+
+    return RayExecutor(options.ray_address or "auto", options.ray_cpus)
 
 
 def _listed(flag: str, text: str | None, expected: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 MAX_TEXT = 4000
 """Most characters of one part of a message."""
@@ -35,12 +36,21 @@ class ResmError(Exception):
         self.fix = fix
         super().__init__(what)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # errors come from other processes too
+        return _again, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         lines = [_cut(self.what)]
         for label, text in (("got", self.got), ("expected", self.expected), ("fix", self.fix)):
             if text is not None:
                 lines.append(f"  {label}: {_cut(text)}")
         return "\n".join(lines)
+
+
+def _again(kind: type[ResmError], args: tuple[Any, ...], state: dict[str, Any]) -> ResmError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def _cut(text: str, most: int = MAX_TEXT) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import resm_kernels
 from resm_kernels.api import merge_state_dicts
 from resm_kernels.checkpoint.files import unseal
-from resm_kernels.engine import flow, pipeline
+from resm_kernels.engine import executor, flow
 from resm_kernels.errors import CheckpointError, NonFiniteError, OutputError, PlanError
 from tests.checkpoints import contents, fine_tuned, make_state, save, save_family
 
@@ -353,9 +353,9 @@ def test_inputs_that_change_during_the_merge_are_noticed(
     """Between two reads, and, for the last tensor, after the reads and before the end."""
     base, experts = save_family(tmp_path)
     room, name = {
-        "MemoryWatch": (pipeline, moment),
+        "MemoryWatch": (executor, moment),
         "merge_planned": (flow, moment),
-        "last": (pipeline.MemoryWatch, "stop"),
+        "last": (executor.MemoryWatch, "stop"),
     }[moment]
     original = getattr(room, name)
 

@@ -228,8 +228,13 @@ class OutputFolder:
                 got=f"other bytes in {', '.join(changed[:3]) or 'its header'}",
                 fix="remove that file to have it merged again, then resume",
             )
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Remove files of attempts that came to nothing."""
         for leftover in self.path.glob("*.tmp"):
-            os.unlink(leftover)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
 
     def shard_done(
         self, shard: str, sha256: str, digests: Mapping[str, str], results: Mapping[str, Any]
@@ -249,6 +254,8 @@ class OutputFolder:
 
         The manifest is durable before the journal goes: one of them must survive a power cut.
         """
+        with writing(self.path):
+            self._remove_leftovers()
         for name, data in files.items():
             path = self.path / name
             with writing(path):

@@ -107,15 +107,16 @@ def _lay_out_shard(
 class ShardFile:
     """One shard on its way to disk; tensors may arrive in any order, from any thread.
 
-    The file grows as `NAME.tmp`; `finish` makes it durable, reads it back, compares every
-    tensor with the digest of what was in memory, and only then gives it its name.
+    The file grows as `NAME.tmp`, with `attempt` before the dot where several processes may try;
+    `finish` makes it durable, reads it back, compares every tensor with the digest of what was in
+    memory, and only then gives it its name.
     """
 
-    def __init__(self, folder: Path, layout: ShardLayout) -> None:
+    def __init__(self, folder: Path, layout: ShardLayout, attempt: str = "") -> None:
         self.layout = layout
         self.digests: dict[str, str] = {}
         self._path = folder / layout.name
-        self._temporary = folder / f"{layout.name}.tmp"
+        self._temporary = folder / f"{layout.name}{attempt}.tmp"
         self._lock = threading.Lock()
         with writing(self._path):
             self._descriptor = create(self._temporary, os.O_TRUNC)

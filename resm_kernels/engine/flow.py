@@ -6,9 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Protocol
 
 import torch
@@ -20,7 +19,6 @@ from resm_kernels.engine.matching import Key
 from resm_kernels.engine.merging import Loaded, merge_planned
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step
 from resm_kernels.engine.result import Measures, TensorResult
-from resm_kernels.engine.target import Target
 from resm_kernels.engine.timeline import Timeline
 from resm_kernels.errors import PlanError, ResmError
 from resm_kernels.methods import Merged, out_of_memory
@@ -45,12 +43,34 @@ class Progress(Protocol):
         """The merge ended, well or not."""
 
 
+class Sink(Protocol):
+    """Where the merged tensors of one output go."""
+
+    plan: MergePlan
+    shards: dict[int, ShardFile]
+    """Shards that are being written."""
+    results: dict[str, TensorResult]
+
+    def lacks(self, tensor: PlannedTensor) -> bool:
+        """Whether the tensor is still to be merged."""
+
+    def begin(self, index: int) -> ShardFile:
+        """The file of a shard, for its first tensor."""
+
+    def done(self, shard: ShardFile, sha256: str) -> None:
+        """A shard is durable under its final name."""
+
+
+Part = tuple[Sink, PlannedTensor]
+"""One tensor of one output."""
+
+
 class _Task:
-    """One step on its way: the targets that need it, where it goes, and what it holds there."""
+    """One step on its way: the outputs that need it, where it goes, and what it holds there."""
 
     def __init__(
         self,
-        parts: Sequence[tuple[Target, PlannedTensor]],
+        parts: Sequence[Part],
         *,
         again: bool = False,
         counted: bool = False,
@@ -74,7 +94,7 @@ class _Task:
 
 
 class Run:
-    """One pass over the inputs for all targets; threads come and go with `run`.
+    """One pass over the inputs for all outputs; threads come and go with `run`.
 
     Attributes
     ----------
@@ -84,22 +104,21 @@ class Run:
         The CPU first, then the devices.
     """
 
-    def __init__(
-        self, targets: Sequence[Target], steps: Sequence[Step], progress: Progress | None
-    ) -> None:
-        self.plan = targets[0].plan
-        self.targets = targets
-        self.steps = steps
+    def __init__(self, plan: MergePlan, sinks: Sequence[Sink], progress: Progress | None) -> None:
+        self.plan = plan
+        self.sinks = sinks
         self.progress = progress
         self.ledger = Ledger()
         self.timeline = Timeline(time.perf_counter())
         self.error: BaseException | None = None
-        self._host = host_lane(self.plan)
-        self._devices = device_lanes(self.plan)
+        self._host = host_lane(plan)
+        self._devices = device_lanes(plan)
         self.lanes: tuple[Lane, ...] = (self._host, *self._devices)
         self._change = threading.Condition()
         self._running: set[Callable[[], None]] = set()
+        self._queue: deque[_Task] = deque()
         self._again: deque[_Task] = deque()
+        self._closed = False
         self._busy = dict.fromkeys(STAGES, 0.0)
         readers = READERS_TO_DEVICES if self._devices else READERS
         self._pools = {
@@ -114,55 +133,62 @@ class Run:
             },
         }
 
+    def feed(self, work: Iterable[Sequence[Part]]) -> None:
+        """Queue steps, each as the tensors that outputs lack of it; also while it runs."""
+        tasks = [_Task(parts) for parts in work]
+        with self._change:
+            self._queue.extend(tasks)
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """Nothing more will be fed: `run` returns when all is done."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+
+    @property
+    def hungry(self) -> bool:
+        """Whether everything that was fed is on its way."""
+        with self._change:
+            return not (self._queue or self._closed)
+
     def run(self) -> None:
-        """Push every unfinished tensor through the stages, in plan order."""
-        kept = [len(target.folder.kept) for target in self.targets]
-        pending = [task for step in self.steps if (task := self._task(step)).parts]
+        """Push what was fed through the stages, in order, until the feed is closed."""
         threads = torch.get_num_threads()
-        if self.progress:
-            self.progress.start(sum(task.step.held_bytes for task in pending))
         try:
-            queue = deque(pending)
-            while (entering := self._next(queue)) is not None and self._admit(entering):
+            while (entering := self._next()) is not None and self._admit(entering):
                 pass
         except BaseException as error:
             self._fail(error)
         finally:
             self._join()
             torch.set_num_threads(threads)
-            for target in self.targets:
-                for shard in target.shards.values():
+            for sink in self.sinks:
+                for shard in sink.shards.values():
                     shard.close()
-            if self.progress:
-                self.progress.stop()
         if self.error is not None:
             raise self.error
-        read_bytes = sum(task.step.read_bytes for task in pending)
-        for target, count in zip(self.targets, kept, strict=True):
-            target.collect()
-            target.report.kept_shards = count
-            target.report.stage_seconds = {s: round(busy, 6) for s, busy in self._busy.items()}
-            target.report.timeline = self.timeline.to_dict()
-            target.report.peak_device_memory = {lane.name: lane.peak for lane in self._devices}
-            target.report.read_bytes = read_bytes
-            target.report.written_bytes = sum(
-                tensor.write_bytes
-                for task in pending
-                for owner, tensor in task.parts
-                if owner is target
-            )
 
-    def _task(self, step: Step) -> _Task:
-        both = zip(self.targets, step.tensors, strict=True)
-        return _Task([(target, tensor) for target, tensor in both if target.lacks(tensor)])
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Busy time of every stage so far, over all its threads."""
+        return {stage: round(busy, 6) for stage, busy in self._busy.items()}
 
-    def _next(self, queue: deque[_Task]) -> _Task | None:
+    @property
+    def peak_device_memory(self) -> dict[str, int]:
+        """Most bytes of tensors on each device so far."""
+        return {lane.name: lane.peak for lane in self._devices}
+
+    def _next(self) -> _Task | None:
         """What comes next: what did not fit a device, then the queue; None at the end."""
         with self._change:
-            if not queue:
-                self._change.wait_for(lambda: self._again or not self._running)
-            waiting = self._again or queue
-            return waiting.popleft() if waiting else None
+            self._change.wait_for(
+                lambda: (
+                    self._again or self._queue or self.error or (self._closed and not self._running)
+                )
+            )
+            waiting = self._again or self._queue
+            return waiting.popleft() if waiting and self.error is None else None
 
     def _admit(self, task: _Task) -> bool:
         """Wait for room on some lane, and have the task read there; False once it is over."""
@@ -239,6 +265,7 @@ class Run:
         with self._change:
             if self.error is None:
                 self.error = error
+            self._change.notify_all()
         self.ledger.close()
 
     def _drop(self, task: _Task) -> None:
@@ -273,16 +300,16 @@ class Run:
         with lane.computing(ready, inputs.values()):
             loaded = Loaded(inputs, len(task.parts))
             inputs.clear()
-            for i, (target, tensor) in enumerate(task.parts):
+            for i, (sink, tensor) in enumerate(task.parts):
                 start = time.perf_counter()
-                found = self._merge(task, lane, target, tensor, loaded)
+                found = self._merge(task, lane, sink, tensor, loaded)
                 if found is None:
                     del loaded
                     lane.trim()
                     self._to_host(task, lane, task.parts[i:])
                     return
                 merged, measures = found
-                target.results[tensor.name] = TensorResult(
+                sink.results[tensor.name] = TensorResult(
                     name=tensor.name,
                     rule=merged.rule,
                     reason=tensor.reason,
@@ -300,18 +327,18 @@ class Run:
                 )
                 with self._change:
                     task.holders += 1
-                given = (task, lane, target, tensor, merged.tensor, lane.mark())
+                given = (task, lane, sink, tensor, merged.tensor, lane.mark())
                 self._submit("write", self._write, *given)
         self._drop(task)
 
     def _merge(
-        self, task: _Task, lane: Lane, target: Target, tensor: PlannedTensor, loaded: Loaded
+        self, task: _Task, lane: Lane, sink: Sink, tensor: PlannedTensor, loaded: Loaded
     ) -> tuple[Merged, Measures | None] | None:
         """Merge on a lane; None where its memory does not hold that, whatever is given up."""
         while True:
             with lane.turn() as limit:
                 try:
-                    return merge_planned(target.plan, tensor, loaded)
+                    return merge_planned(sink.plan, tensor, loaded)
                 except Exception as error:
                     if not (lane.staged and out_of_memory(error)):
                         raise
@@ -327,13 +354,12 @@ class Run:
             else:
                 return None
 
-    def _to_host(
-        self, task: _Task, lane: Lane, parts: Sequence[tuple[Target, PlannedTensor]]
-    ) -> None:
+    def _to_host(self, task: _Task, lane: Lane, parts: Sequence[Part]) -> None:
         """Give up a task's place on a lane: what is left of it is read again and merged there."""
         self._note(task, f"{lane.name} ran out of memory: merged on the CPU")
         with self._change:
             self._again.append(_Task(parts, again=True, counted=task.counted, notes=task.notes))
+            self._change.notify_all()
         self._drop(task)
 
     def _note(self, task: _Task, text: str) -> None:
@@ -344,27 +370,25 @@ class Run:
         self,
         task: _Task,
         lane: Lane,
-        target: Target,
+        sink: Sink,
         tensor: PlannedTensor,
         merged: torch.Tensor,
         done: Mark,
     ) -> None:
-        shard = target.shards.get(tensor.shard)
+        shard = sink.shards.get(tensor.shard)
         if shard is None:
-            layout = target.plan.layouts[tensor.shard]
-            shard = target.shards[tensor.shard] = ShardFile(target.folder.path, layout)
+            shard = sink.shards[tensor.shard] = sink.begin(tensor.shard)
         complete = shard.write_pieces(tensor.slot, lane.pieces(merged, done))
         self._drop(task)
         if self.progress:
             self.progress.advance(tensor.write_bytes, tensor.name)
         if complete:
-            self._submit("finish", self._finish, target, tensor.shard, shard)
+            self._submit("finish", self._finish, sink, tensor.shard, shard)
 
-    def _finish(self, target: Target, index: int, shard: ShardFile) -> None:
+    def _finish(self, sink: Sink, index: int, shard: ShardFile) -> None:
         digest = shard.finish()
-        del target.shards[index]
-        results = {slot.name: asdict(target.results[slot.name]) for slot in shard.layout.slots}
-        target.folder.shard_done(shard.layout.name, digest, shard.digests, results)
+        del sink.shards[index]
+        sink.done(shard, digest)
 
 
 def host_lane(plan: MergePlan) -> Lane:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import psutil
 
+BUDGET_SHARE = 0.6
+"""Share of the available memory that a merge plans to use by default."""
+
 
 def available_memory() -> int:
     """Bytes that can be taken without swapping, the cgroup's limit included."""

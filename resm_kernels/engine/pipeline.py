@@ -11,21 +11,16 @@ from pathlib import Path
 from resm_kernels.checkpoint.files import sync_folder, unseal, writing
 from resm_kernels.checkpoint.journal import MANIFEST, REPORT, absolute, check_output
 from resm_kernels.checkpoint.manifest import verify_folder
-from resm_kernels.checkpoint.reader import check_stamp
-from resm_kernels.engine.flow import Progress, Run
-from resm_kernels.engine.memory import MemoryWatch
-from resm_kernels.engine.plan import (
-    MergePlan,
-    check_disk,
-    plan_steps,
-    predicted_device_peak,
-    predicted_peak,
-)
+from resm_kernels.engine.executor import Executor, LocalExecutor, lacking_parts
+from resm_kernels.engine.flow import Progress
+from resm_kernels.engine.plan import MergePlan, Step, check_disk, plan_steps
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.engine.target import Companions, Draw, ExtraFiles, Target
-from resm_kernels.errors import OutputError, ResmError
+from resm_kernels.errors import OutputError
 
 LOG = logging.getLogger(__name__)
+
+LOCAL = LocalExecutor()
 
 
 def run_plan(
@@ -36,6 +31,7 @@ def run_plan(
     progress: Progress | None = None,
     extra_files: ExtraFiles | None = None,
     draw: Draw | None = None,
+    executor: Executor = LOCAL,
 ) -> MergeReport:
     """Carry out a plan: afterwards `output` is complete, or it does not exist.
 
@@ -49,6 +45,8 @@ def run_plan(
         Further small files of the output, from the finished report; must not depend on time.
     draw : callable, optional
         The HTML report, from the finished report; where it fails, the merge does not.
+    executor : Executor, optional
+        Who reads, merges and writes.
 
     Raises
     ------
@@ -58,7 +56,7 @@ def run_plan(
     output = absolute(output)
     check_output(output, plan.input_folders, resume=resume)
     check_disk([] if resume else plan.layouts, output)
-    (report,) = _run_together([(plan, output)], progress, extra_files, draw)
+    (report,) = _run_together([(plan, output)], progress, extra_files, draw, executor)
     return report
 
 
@@ -70,6 +68,7 @@ def run_plans(
     progress: Progress | None = None,
     extra_files: ExtraFiles | None = None,
     draw: Draw | None = None,
+    executor: Executor = LOCAL,
 ) -> dict[str, MergeReport]:
     """Carry out several plans of the same inputs in one pass over them.
 
@@ -78,7 +77,7 @@ def run_plans(
     plans : mapping
         By the name of their folder in `output`; each is built, finished and resumed as by
         `run_plan`, to the same bytes.
-    output, resume, progress, extra_files, draw
+    output, resume, progress, extra_files, draw, executor
         As for `run_plan`; finished folders in `output` are checked and kept when resuming.
     """
     output = absolute(output)
@@ -99,9 +98,8 @@ def run_plans(
     try:
         for name, plan in pending:
             check_output(output / name, plan.input_folders, resume=resume)
-        found = _run_together(
-            [(plan, output / name) for name, plan in pending], progress, extra_files, draw
-        )
+        jobs = [(plan, output / name) for name, plan in pending]
+        found = _run_together(jobs, progress, extra_files, draw, executor)
     except BaseException:
         with contextlib.suppress(OSError):
             output.rmdir()
@@ -130,6 +128,7 @@ def _run_together(
     progress: Progress | None,
     extra_files: ExtraFiles | None,
     draw: Draw | None,
+    executor: Executor,
 ) -> list[MergeReport]:
     started = time.perf_counter()
     targets: list[Target] = []
@@ -143,22 +142,8 @@ def _run_together(
         if open_targets:
             lacking = [shard for target in open_targets for shard in target.lacking]
             check_disk(lacking, open_targets[0].folder.output)
-            steps = plan_steps([target.plan for target in open_targets])
-            peak = predicted_peak(steps, open_targets[0].plan)
-            device_peak = predicted_device_peak(steps, open_targets[0].plan)
-            try:
-                watch = MemoryWatch(limit=peak)
-            except RuntimeError as error:
-                raise ResmError(f"the merge cannot start: {error}") from error
-            held = 0
-            try:
-                Run(open_targets, steps, progress).run()
-            finally:
-                held = watch.stop()
+            _run(open_targets, executor, progress)
             for target in open_targets:
-                _check_inputs_unchanged(target.plan)
-                target.report.peak_memory, target.report.predicted_memory = held, peak
-                target.report.predicted_device_memory = device_peak
                 target.report.seconds = time.perf_counter() - started
                 target.finish(extra_files, draw)
         return [target.report for target in targets]
@@ -176,10 +161,24 @@ def _run_together(
             target.folder.close()
 
 
-def _check_inputs_unchanged(plan: MergePlan) -> None:
-    for checkpoint in (plan.base, *plan.experts):
-        for file in checkpoint.files:
-            try:
-                check_stamp(file, file.path.stat())
-            except OSError as error:
-                raise ResmError(f"{file.path}: vanished during the merge") from error
+def _run(targets: Sequence[Target], executor: Executor, progress: Progress | None) -> None:
+    """Merge what targets lack, and put what it took into their reports."""
+    kept = [len(target.folder.kept) for target in targets]
+    pending = lacking_parts(targets, plan_steps([target.plan for target in targets]))
+    steps = [Step(tuple(tensor for _, tensor in parts)) for parts in pending]
+    if progress:
+        progress.start(sum(step.held_bytes for step in steps))
+    try:
+        usage = executor.run(targets, progress)
+    finally:
+        if progress:
+            progress.stop()
+    for target, count in zip(targets, kept, strict=True):
+        target.collect()
+        target.report.kept_shards = count
+        target.report.read_bytes = sum(step.read_bytes for step in steps)
+        target.report.written_bytes = sum(
+            tensor.write_bytes for parts in pending for sink, tensor in parts if sink is target
+        )
+        for name, value in vars(usage).items():
+            setattr(target.report, name, value)

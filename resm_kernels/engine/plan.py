@@ -292,6 +292,8 @@ class MergePlan:
         Tensors of experts that do not reach the output, with the reason.
     plan_id : str
         SHA-256 of everything that decides the output's bytes.
+    identity : mapping
+        What that is, by name; large things as their digest.
     devices : tuple of torch.device
         Where merging happens: the CPU, or CUDA devices of one kind.
     workers : int
@@ -313,6 +315,7 @@ class MergePlan:
     alignment: Alignment | None
     left_out: Mapping[str, str]
     plan_id: str
+    identity: Mapping[str, str]
     devices: tuple[torch.device, ...]
     workers: int
     memory_budget: int

@@ -28,7 +28,7 @@ from resm_kernels.checkpoint.vocabulary import Alignment, align, differences
 from resm_kernels.checkpoint.writer import Slot, lay_out_shards
 from resm_kernels.engine.devices import device_memory, find_devices
 from resm_kernels.engine.matching import Matching
-from resm_kernels.engine.memory import available_memory
+from resm_kernels.engine.memory import BUDGET_SHARE, available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, plan_steps
 from resm_kernels.engine.workers import choose_workers
@@ -46,6 +46,8 @@ NUMERICS = 5
 GPU_WORKERS = 2
 """Weights merged at once on a GPU: one's eigen-decomposition, bound by latency, runs beside the
 other's products. Not yet measured."""
+MAX_BRIEF = 64
+"""Most characters of a part of the identity that is kept as it is."""
 MAX_NEAR = 5000
 """Most names that a pattern is compared with letter by letter."""
 MAX_IDLE = 20
@@ -89,7 +91,7 @@ def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[Merge
     opened: dict[tuple[str, str], Checkpoint | Adapter] = {}
     matchings: dict[tuple[str, ...], Matching] = {}
     devices = find_devices(options.device)
-    budget = options.memory_budget or max(int(0.6 * available_memory()), 1)
+    budget = options.memory_budget or max(int(BUDGET_SHARE * available_memory()), 1)
     plans: list[MergePlan] = []
     used: list[Matching] = []
     for recipe in recipes:
@@ -244,12 +246,18 @@ def _plan(
         alignment=matching.alignment,
         left_out=matching.left_out,
         plan_id=hashlib.sha256(canonical_json(identity)).hexdigest(),
+        identity={name: _brief(value) for name, value in identity.items()},
         devices=devices,
         workers=options.workers or 1,
         memory_budget=budget,
         device_memory=device_memory(devices, options),
         part=part,
     )
+
+
+def _brief(value: object) -> str:
+    text = value if isinstance(value, str) else canonical_json(value).decode()
+    return text if len(text) <= MAX_BRIEF else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _chosen(names: Collection[str], only: Sequence[str]) -> dict[str, None]:

@@ -104,6 +104,19 @@ def _frozen(value: Any) -> Any:
     return {k: _frozen(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a run took; the fields of the same names in `MergeReport` say what they are."""
+
+    stage_seconds: dict[str, float]
+    timeline: dict[str, list[float]]
+    peak_memory: int
+    predicted_memory: int
+    peak_device_memory: dict[str, int]
+    predicted_device_memory: int
+    cluster: dict[str, Any] | None = None
+
+
 @dataclass
 class MergeReport:
     """What a merge did.
@@ -138,6 +151,10 @@ class MergeReport:
         Whether the HTML report was written beside it.
     part : dict or None
         `only`, `tensors` and `of` as in `Part`, where the output is a part of a merge.
+    cluster : dict or None
+        Where a cluster merged: `workers`, each with its `name`, `cores`, `gpus` and the `shards`
+        that it finished, and how many were `lost`. Seconds then are sums over workers, bytes of
+        memory those of the worker that took most.
     """
 
     output: str
@@ -163,6 +180,7 @@ class MergeReport:
     inputs: list[dict[str, str]] = field(default_factory=list)
     drawn: bool = False
     part: dict[str, Any] | None = None
+    cluster: dict[str, Any] | None = None
 
     @property
     def notes(self) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,15 @@ class Target:
     def lacks(self, tensor: PlannedTensor) -> bool:
         """Whether the tensor's shard is not finished yet."""
         return self.plan.layouts[tensor.shard].name not in self.folder.kept
+
+    def begin(self, index: int) -> ShardFile:
+        """The file of a shard, for its first tensor."""
+        return ShardFile(self.folder.path, self.plan.layouts[index])
+
+    def done(self, shard: ShardFile, sha256: str) -> None:
+        """Journal a shard that is durable under its final name."""
+        results = {slot.name: asdict(self.results[slot.name]) for slot in shard.layout.slots}
+        self.folder.shard_done(shard.layout.name, sha256, shard.digests, results)
 
     def collect(self) -> None:
         """Take over the results of kept shards, and put all in order."""

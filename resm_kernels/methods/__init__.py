@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -64,6 +65,9 @@ def find_method(name: str) -> Method[Any]:
         expected=f"one of {', '.join(METHODS)}",
         fix=f"did you mean {near[0]!r}?" if near else None,
     )
+
+
+copyreg.pickle(Method, lambda method: (find_method, (method.name,)))  # its functions stay here
 
 
 def split_of(

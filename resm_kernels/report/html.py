@@ -114,6 +114,10 @@ def _summary(report: MergeReport) -> str:
         (size(peak), f"peak on {name}, {planned} planned")
         for name, peak in itertools.islice(report.peak_device_memory.items(), MAX_THREADS)
     ]
+    if report.cluster:
+        workers = report.cluster["workers"]
+        lost = sum(worker["lost"] for worker in workers)
+        facts.append((f"{len(workers)}", f"workers of a Ray cluster, {lost} of them lost"))
     if report.kept_shards:
         facts.append((f"{report.kept_shards:,}", "shards kept from an earlier run"))
     return tiles(facts)

@@ -111,6 +111,11 @@ def report_table(report: MergeReport) -> RenderableType:
     planned = size(report.predicted_device_memory)
     for name, peak in report.peak_device_memory.items():
         facts[f"peak on {name}"] = f"{size(peak)} (planned {planned})"
+    if report.cluster:
+        facts["cluster"] = ", ".join(
+            f"{worker['name']}: {worker['shards']} shards{' (lost)' * worker['lost']}"
+            for worker in report.cluster["workers"][:SHOWN_NOTES]
+        )
     if report.kept_shards:
         facts["resumed"] = f"{report.kept_shards} shards were finished before"
     notes = [f"{name}: {note}" for name, found in report.all_notes.items() for note in found]
