@@ -21,7 +21,7 @@ from rich.console import Console
 
 from resm_kernels.checkpoint.files import canonical_json, seal
 from resm_kernels.cli import main
-from resm_kernels.engine import pipeline
+from resm_kernels.engine import executor
 from resm_kernels.engine.plan import MergePlan
 from resm_kernels.report.progress import BarProgress
 from tests.hostile import cases as hostile
@@ -63,7 +63,7 @@ class Site(hostile.Site):
     def leave_unfinished(self) -> None:
         """Interrupt a merge after its last shard: `merged.partial` holds two finished shards."""
         with self.monkeypatch.context() as patch:
-            patch.setattr(pipeline, "_check_inputs_unchanged", _interrupt)
+            patch.setattr(executor, "_check_inputs_unchanged", _interrupt)
             assert status(self.argv(*SHARDED)) == 130
         assert {p.name for p in self.partial.iterdir()} == {*SHARDS, "resm_journal.jsonl"}
 
@@ -538,13 +538,13 @@ def test_brackets_in_a_pattern(site: Site, capfd: pytest.CaptureFixture[str]) ->
 
 def test_input_changed_during_the_merge(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     """What was read may be a mixture: never finished, finished shards kept."""
-    check = pipeline._check_inputs_unchanged
+    check = executor._check_inputs_unchanged
 
     def change(plan: MergePlan) -> None:
         flip_last(site.a / W)
         check(plan)
 
-    site.monkeypatch.setattr(pipeline, "_check_inputs_unchanged", change)
+    site.monkeypatch.setattr(executor, "_check_inputs_unchanged", change)
     assert status(site.argv(*SHARDED)) == 1
     out, err = capfd.readouterr()
     assert out == ""
