@@ -477,7 +477,8 @@ def _rehearsal(
     several = options.command == "sweep" and options.resume
     check_output(output, folders, resume=options.resume, several=several)
     layouts = [layout for plan in plans for layout in plan.layouts]
-    yield disk_space(layouts, output), load_rates()
+    here = options.executor == "local"
+    yield disk_space(layouts, output), load_rates() if here else None
     sys.stdout.flush()
     check_disk([] if options.resume else layouts, output)
 

@@ -206,7 +206,8 @@ class RayExecutor:
                 f"no Ray cluster at {address!r}",
                 got=_reason(error),
                 expected="HOST:PORT of its head, seen from a machine of the cluster",
-                fix="start one with `ray start --head`, or name it by --ray-address",
+                fix="start one with `ray start --head`, or name it by --ray-address; where a token "
+                "protects it, set RAY_AUTH_MODE=token",
             ) from error
 
     def share(self, options: EngineOptions) -> Share:
@@ -321,7 +322,8 @@ class _Driver:
     def _listen(self) -> None:
         """Wait for the next word of a worker, and answer it."""
         calls = {member.call: member for member in self._members}
-        for call in ray.wait([*calls], num_returns=1, timeout=LOOK)[0]:
+        ray.wait([*calls], num_returns=1, timeout=LOOK)
+        for call in ray.wait([*calls], num_returns=len(calls), timeout=0)[0]:
             member = calls[call]
             try:
                 self._answer(member, _result(call))

@@ -152,9 +152,9 @@ class MergeReport:
     part : dict or None
         `only`, `tensors` and `of` as in `Part`, where the output is a part of a merge.
     cluster : dict or None
-        Where a cluster merged: `workers`, each with its `name`, `cores`, `gpus` and the `shards`
-        that it finished, and how many were `lost`. Seconds then are sums over workers, bytes of
-        memory those of the worker that took most.
+        Where a cluster merged: `workers`, each with its `name`, the number of `shards` that it
+        finished and whether it was `lost`; `cpus` and `gpus` of each. Stage seconds then are sums
+        over workers, and memory that of the worker that took most.
     """
 
     output: str
