@@ -176,6 +176,7 @@ def test_a_killed_worker_costs_its_shards_alone(
     assert [worker["lost"] for worker in report.cluster["workers"]].count(True) == 1
     assert progress.done == progress.total
     assert "is lost" in caplog.text
+    assert "workers lost: others merged" in (output / "resm_report.html").read_text()
 
 
 def test_a_machine_that_joins_is_used(

@@ -101,7 +101,7 @@ def _summary(report: MergeReport) -> str:
     notes = sum(map(len, report.all_notes.values()))
     facts = [
         (f"{len(report.tensors):,}", "tensors"),
-        (seconds(report.seconds), f"on {report.device}, {report.workers} workers"),
+        (seconds(report.seconds), f"on {report.device}, {_workers(report)}"),
         (f"{size(int(rate))}/s", "read and written"),
         (size(report.written_bytes), f"written, {size(report.read_bytes)} read"),
         (size(report.peak_memory), f"peak memory, {size(report.predicted_memory)} planned"),
@@ -114,13 +114,17 @@ def _summary(report: MergeReport) -> str:
         (size(peak), f"peak on {name}, {planned} planned")
         for name, peak in itertools.islice(report.peak_device_memory.items(), MAX_THREADS)
     ]
-    if report.cluster:
-        workers = report.cluster["workers"]
-        lost = sum(worker["lost"] for worker in workers)
-        facts.append((f"{len(workers)}", f"workers of a Ray cluster, {lost} of them lost"))
+    if report.cluster and (lost := sum(one["lost"] for one in report.cluster["workers"])):
+        facts.append((f"{lost}", "workers lost: others merged their shards"))
     if report.kept_shards:
         facts.append((f"{report.kept_shards:,}", "shards kept from an earlier run"))
     return tiles(facts)
+
+
+def _workers(report: MergeReport) -> str:
+    if report.cluster:
+        return f"{len(report.cluster['workers'])} workers of a Ray cluster"
+    return f"{report.workers} worker{'s' * (report.workers != 1)}"
 
 
 def _inputs(report: MergeReport) -> str:
