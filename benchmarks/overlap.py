@@ -2,10 +2,12 @@
 
     python -m benchmarks.overlap workers
     python -m benchmarks.overlap stages
+    python -m benchmarks.overlap cluster
 
 Every run is a process of its own. `stages` times a whole merge and then each of its stages alone,
 with the same threads and all that it needs in memory; wall seconds over the slowest of these are
-what the pipeline costs.
+what the pipeline costs. `cluster` times the same merge, ten shards of it, by two threads of one
+process and by two workers of a Ray cluster that is already there.
 """
 
 from __future__ import annotations
@@ -83,6 +85,25 @@ def stages(repeats: int) -> None:
     write("overlap", rows, 2)
 
 
+def cluster(repeats: int) -> None:
+    """A 100 M-parameter merge here and by workers of a Ray cluster on the same cores."""
+    from tests.test_scale import write_family
+
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_family(Path(folder), *CHECKPOINT)
+        for method in ("resm", "tsvm", "ties"):
+            runs = [_child("cluster", method, 2, 1, Path(folder)) for _ in range(repeats)]
+            row: Row = {"method": method}
+            row |= {key: round(statistics.median(r[key] for r in runs), 2) for key in runs[0]}
+            row["ray_over_local"] = round(
+                statistics.median(r["ray_s"] / r["local_s"] for r in runs), 2
+            )
+            rows.append(row)
+            print(*row.items(), flush=True)
+    write("cluster", rows, 2)
+
+
 def _child(what: str, method: str, workers: int, threads: int, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.overlap", "child", what, method]
     command += [str(workers), str(threads), str(folder)]
@@ -100,6 +121,9 @@ def child(what: str, method: str, workers: int, threads: int, folder: Path) -> N
     from resm_kernels import api
 
     experts, out = [folder / f"e{t}" for t in range(3)], folder / "out"
+    if what == "cluster":
+        print(json.dumps(_on_cluster(folder / "base", experts, out, method)))
+        return
     made = resm_kernels.plan(folder / "base", experts, method, workers=workers, threads=threads)
     report = api.execute(made, out)
     shutil.rmtree(out)
@@ -111,6 +135,27 @@ def child(what: str, method: str, workers: int, threads: int, folder: Path) -> N
             size / 1e6 for size in (report.peak_memory, report.predicted_memory)
         )
     print(json.dumps(found))
+
+
+def _on_cluster(base: Path, experts: list[Path], out: Path, method: str) -> dict[str, float]:
+    """Seconds of whole calls of `merge`, planning and the start of workers included."""
+    import ray
+
+    import resm_kernels
+
+    ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    found: dict[str, float] = {}
+    ray_executor = resm_kernels.RayExecutor(cpus=1)
+    for name, executor in (("local", "local"), ("ray", ray_executor)):
+        start = time.perf_counter()
+        report = resm_kernels.merge(
+            base, experts, out, method, shard_size="20MB", executor=executor
+        )
+        found[f"{name}_s"] = time.perf_counter() - start
+        found[f"{name}_compute_s"] = report.stage_seconds["compute"]
+        shutil.rmtree(out)
+    first = min(edges[0] for edges in report.timeline.values())
+    return found | {"ray_first_read_s": first}
 
 
 def _alone(made: Any, out: Path) -> dict[str, float]:
@@ -153,10 +198,10 @@ def main() -> None:
         child(what, method, int(workers_text), int(threads_text), Path(folder))
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("workers", "stages"))
+    parser.add_argument("what", choices=("workers", "stages", "cluster"))
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    {"workers": workers, "stages": stages}[options.what](options.repeats)
+    {"workers": workers, "stages": stages, "cluster": cluster}[options.what](options.repeats)
 
 
 if __name__ == "__main__":
