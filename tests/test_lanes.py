@@ -368,8 +368,22 @@ def test_what_counts_as_running_out_of_memory() -> None:
     outer = ValueError("outer")
     outer.__cause__ = cause
     found = [MemoryError(), torch.OutOfMemoryError("x"), cause, outer]
-    assert all(map(ran_out, [*found, RuntimeError("CUDA error: out of memory")]))
-    assert not any(map(ran_out, [None, ValueError("alloc"), RuntimeError("illegal address")]))
+    for text in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+        "cusolverDnCreate: CUSOLVER_STATUS_NOT_INITIALIZED",
+    ):
+        found.append(RuntimeError(text))
+    assert all(map(ran_out, found))
+    others = [
+        "illegal address",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasDgemm(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevd(handle)`",
+        "cusolverDnCreate: CUSOLVER_STATUS_ARCH_MISMATCH",
+    ]
+    assert not any(map(ran_out, [None, ValueError("alloc"), *map(RuntimeError, others)]))
 
 
 # Reading and writing through buffers

@@ -8,9 +8,10 @@ a solver works on a copy unless `overwrite` lends it the input. Work runs on tor
 of the tensor's device; the host waits once per call, for cuSOLVER's `info`.
 
 Every solver raises `UsageError` (shape, dtype, device, limits of int32),
-`MissingDependencyError` (not available: the reason of `available`) and `SolverError`, a
-`NumericsError` that names the batch entries which hold NaN or Inf or did not converge. Neither NaN
-nor a zero matrix reaches cuSOLVER; a zero matrix has zero values and orthonormal vectors.
+`MissingDependencyError` (not available: the reason of `available`), `torch.OutOfMemoryError` and
+`SolverError`, a `NumericsError` that names the batch entries which hold NaN or Inf or did not
+converge. Neither NaN nor a zero matrix reaches cuSOLVER; a zero matrix has zero values and
+orthonormal vectors.
 """
 
 from __future__ import annotations
@@ -123,6 +124,19 @@ class Polar:
 
 
 Factors = TypeVar("Factors", SVD, Eigen)
+
+
+def tells_no_memory(text: str) -> bool:
+    """Whether an error's text says that memory ran out: libraries and drivers have no type for it.
+
+    Where a handle cannot be made for lack of it, cuBLAS and cuSOLVER may also say NOT_INITIALIZED
+    or INTERNAL_ERROR; torch's text names the call.
+    """
+    text = text.lower()
+    if "alloc" in text or "out of memory" in text:
+        return True
+    failed = "status_not_initialized" in text or "status_internal_error" in text
+    return failed and "create" in text
 
 
 def available() -> dict[SolverName, str | None]:
@@ -552,6 +566,8 @@ class _Task:
         except ValueError as error:
             raise UsageError(f"cuSOLVER's {self.name}: {error}") from error
         except error_type as error:
+            if tells_no_memory(str(error)):
+                raise torch.OutOfMemoryError(f"cuSOLVER's {self.name}: {error}") from error
             raise SolverError(
                 f"cuSOLVER's {self.name} failed",
                 got=str(error),
