@@ -16,12 +16,14 @@ orthonormal vectors.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -471,26 +473,40 @@ def candidates(cuda: str) -> tuple[list[str], list[str]]:
     return solver, runtime
 
 
-class _PerThread(threading.local):
-    """cuSOLVER handles are not to be shared between threads."""
+class _Solvers(threading.local):
+    """A thread's solvers, since cuSOLVER handles are not to be shared between threads."""
 
-    def __init__(self) -> None:
-        self.solvers: dict[tuple[_cusolver.Library, int], _cusolver.Solver] = {}
+    def __init__(self, every: weakref.WeakSet[_cusolver.Solver], change: threading.Lock) -> None:
+        self._mine: dict[tuple[_cusolver.Library, int], _cusolver.Solver] = {}
+        self._every, self._change = every, change
+
+    def of(self, library: _cusolver.Library, device: torch.device) -> _cusolver.Solver:
+        """The one for a device, which is the current one: its handle and workspace stay."""
+        key = (library, device.index or 0)
+        if key not in self._mine:
+            allocate = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+            made = _extension().Solver(*key, allocate)
+            with self._change:
+                self._every.add(made)
+            self._mine[key] = made
+        return self._mine[key]
+
+    def release(self) -> None:
+        """Those of all threads."""
+        with self._change:
+            every = list(self._every)
+        for solver in every:
+            solver.release()
 
 
 @functools.cache
-def _per_thread() -> _PerThread:
-    return _PerThread()
+def _solvers() -> _Solvers:
+    return _Solvers(weakref.WeakSet(), threading.Lock())
 
 
-def _solver(library: _cusolver.Library, device: torch.device) -> _cusolver.Solver:
-    """The solver of this thread and device: its handle and workspace stay."""
-    solvers = _per_thread().solvers
-    key = (library, device.index or 0)
-    if key not in solvers:
-        allocate = functools.partial(torch.empty, dtype=torch.uint8, device=device)
-        solvers[key] = _extension().Solver(*key, allocate)
-    return solvers[key]
+def release() -> None:
+    """Give back the workspace that solvers keep, of all threads, but for those at work."""
+    _solvers().release()
 
 
 class _Task:
@@ -556,13 +572,12 @@ class _Task:
     def run(self, *outputs: torch.Tensor, before: tuple[int, ...] = ()) -> float:
         """Call the solver and raise what its outcome says; gesvdp's second result, else 0."""
         arrays = [_array(tensor) for tensor in outputs]
-        cuda = self._device.type == "cuda"
-        stream = torch.cuda.current_stream(self._device).cuda_stream if cuda else 0
+        given = (_array(self.matrices), *before, *arrays, _array(self._status))
         error_type: type[Exception] = _extension().CusolverError
         try:
-            solver = _solver(self._library, self._device)
-            call = getattr(solver, self.name)
-            result = call(_array(self.matrices), *before, *arrays, _array(self._status), stream)
+            with _current(self._device) as stream:
+                solver = _solvers().of(self._library, self._device)
+                result = getattr(solver, self.name)(*given, stream)
         except ValueError as error:
             raise UsageError(f"cuSOLVER's {self.name}: {error}") from error
         except error_type as error:
@@ -580,6 +595,19 @@ class _Task:
         if wrong:
             raise _failure(f"cuSOLVER's {self.name}", wrong)
         return float(extra)
+
+
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[int]:
+    """Make a device the current one, and tell its current stream.
+
+    torch makes no context on the device that was current before where there was none.
+    """
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
 
 
 def _dense(batch: torch.Tensor, *, tall: bool, overwrite: bool) -> torch.Tensor:

@@ -108,6 +108,17 @@ def svd(matrix: torch.Tensor) -> Svd:
     return Svd(left, values, right, fallback)
 
 
+def kept_space(problem: Problem, device: torch.device) -> int:
+    """Bytes that a thread's solver keeps after a problem: twice its matrices, as LAPACK's syevd.
+
+    0 where torch does it, whose workspace goes back to its allocator.
+    """
+    if backend(problem, device) not in cusolver.SOLVERS:
+        return 0
+    itemsize = 8 if problem.dtype == "float64" else 4
+    return 2 * itemsize * problem.batch * math.prod(problem.shape)
+
+
 def joined(*reasons: str | None) -> str | None:
     """Reasons for leaving routes, those that there are."""
     return "; ".join(filter(None, reasons)) or None

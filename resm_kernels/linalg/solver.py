@@ -340,6 +340,7 @@ def _on_streams(
     current = torch.cuda.current_stream(device)
 
     def work(make: Callable[[], Delta], rank: int, stream: torch.cuda.Stream) -> Subspace:
+        torch.cuda.set_device(device)  # a thread of ours, which stays on it
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream), torch.no_grad():
