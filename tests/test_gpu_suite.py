@@ -25,6 +25,7 @@ from benchmarks.gpu.suite import Suite, TooLong
 from resm_kernels.linalg import cusolver
 from resm_kernels.linalg.crossover import parse_tables
 from resm_kernels.linalg.solver import Work
+from resm_kernels.linalg.subspace import GRAM_RANGE
 from tests.fake_cusolver import Fake
 
 
@@ -181,6 +182,13 @@ def test_a_slow_first_run_is_no_measurement(tmp_path: Path) -> None:
     suite.pace[crossover.pace_key(row)] = 1e-3
     with pytest.raises(TooLong, match=r"about 262\.1 s, but 3\.0 s allowed"):
         crossover.check_time(suite, row | {"shape": (64, 64)})
+
+
+def test_svds_are_measured_on_spectra_that_a_merge_asks_them_for() -> None:
+    for dtype, least in ((torch.float64, GRAM_RANGE), (torch.float32, 1e-4)):
+        (matrix,) = crossover.make("svd", 1, (256, 128), dtype, torch.device("cpu"))
+        values = torch.linalg.svdvals(matrix.double())
+        assert 0 < (values[-1] / values[0]) ** 2 < least
 
 
 def test_the_grid_stays_inside_memory() -> None:

@@ -121,9 +121,9 @@ def test_devices_are_planned_with_a_memory_of_their_own(tmp_path: Path) -> None:
     ("name", "stack", "kept"),
     [
         ("torch", 1, 0),
-        ("syevdx", 1, 16 * 64 * 64),
-        ("syevd", 1, 16 * 64 * 64),
-        ("syev_batched", 4, 16 * 64 * 64 * 4 * 2),
+        ("syevdx", 1, 24 * 64 * 64),
+        ("syevd", 1, 24 * 64 * 64),
+        ("syev_batched", 4, 24 * 64 * 64 * 4 * 2),
     ],
 )
 def test_the_workspace_that_solvers_keep_is_planned(

@@ -32,6 +32,9 @@ class Svd(NamedTuple):
     fallback: str | None = None
 
 
+WORKSPACE = 3
+"""Matrices of the problem's size in the workspace of cuSOLVER's syevd: 3.01 n^2 numbers at
+n = 15,000 (JuliaGPU/CUDA.jl #2413); those of the other solvers are taken for the same."""
 PERTURBATION = 1e-12
 """What gesvdp may add to singular values, over the largest: one of 1e-6 is then right to 1e-6."""
 
@@ -109,14 +112,14 @@ def svd(matrix: torch.Tensor) -> Svd:
 
 
 def kept_space(problem: Problem, device: torch.device) -> int:
-    """Bytes that a thread's solver keeps after a problem: twice its matrices, as LAPACK's syevd.
+    """Bytes that a thread's solver keeps after a problem: `WORKSPACE` times its matrices.
 
     0 where torch does it, whose workspace goes back to its allocator.
     """
     if backend(problem, device) not in cusolver.SOLVERS:
         return 0
     itemsize = 8 if problem.dtype == "float64" else 4
-    return 2 * itemsize * problem.batch * math.prod(problem.shape)
+    return WORKSPACE * itemsize * problem.batch * math.prod(problem.shape)
 
 
 def joined(*reasons: str | None) -> str | None:
