@@ -731,9 +731,9 @@ def test_workspace_is_given_back_of_solvers_that_are_idle(fake_cusolver: Fake) -
         assert thread.is_alive()
         time.sleep(0.001)
     (solver,) = made
-    assert solver.device_bytes > 0
+    assert 0 < solver.device_bytes <= cusolver.workspace()
     cusolver.release()
-    assert solver.device_bytes == solver.host_bytes == 0
+    assert solver.device_bytes == solver.host_bytes == cusolver.workspace() == 0
 
     fake_cusolver.gate(closed=True)
     held.set()

@@ -229,7 +229,11 @@ def measure_case(
             check_time(suite, row)
             if matrices is None:
                 matrices = make(operation, batch, shape, getattr(torch, dtype), suite.device)
+            if name in cusolver.SOLVERS:
+                cusolver.release()
             found = timed(suite, row, run, matrices, count)
+            if name in cusolver.SOLVERS:
+                row["workspace_bytes"] = cusolver.workspace()
             row["error"] = backward_error(matrices, found)
             if name == "torch":
                 baseline = row["error"]

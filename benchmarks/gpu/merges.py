@@ -243,9 +243,10 @@ def measure_disk(suite: Suite, place: Place) -> None:
         cool(place.files)
         pieces = [(f, at) for f in place.files for at in range(0, f.stat().st_size, PIECE)]
         pieces = pieces[: READ_BYTES // PIECE]
+        shares = [pieces[i::READERS_TO_DEVICES] for i in range(READERS_TO_DEVICES)]
         start = time.perf_counter()
         with ThreadPoolExecutor(READERS_TO_DEVICES) as pool:
-            count = sum(pool.map(read_piece, *zip(*pieces, strict=True)))
+            count = sum(pool.map(read_pieces, shares))
         place.read = count / (time.perf_counter() - start)
         block, path = os.urandom(PIECE), place.folder / "written"
         start = time.perf_counter()
@@ -259,10 +260,13 @@ def measure_disk(suite: Suite, place: Place) -> None:
         row["note"] = f"{READERS_TO_DEVICES} threads read, one writes and syncs"
 
 
-def read_piece(file: Path, start: int) -> int:
-    buffer = bytearray(PIECE)
-    with open(file, "rb", buffering=0) as opened:
-        return os.preadv(opened.fileno(), [buffer], start)
+def read_pieces(pieces: Iterable[tuple[Path, int]]) -> int:
+    """Bytes read from these places."""
+    buffer, count = bytearray(PIECE), 0
+    for file, start in pieces:
+        with open(file, "rb", buffering=0) as opened:
+            count += os.preadv(opened.fileno(), [buffer], start)
+    return count
 
 
 def check_methods(suite: Suite, place: Place) -> None:
@@ -488,14 +492,15 @@ def time_published(suite: Suite, model: Model, ours: Row) -> None:
         if name in ours.get("weight_seconds", {}):
             mine.setdefault(shape, []).append(ours["weight_seconds"][name])
     plans = {s: published_seconds(s, suite.device.type) for s in counts}
-    peers: dict[str, Route | None]
-    peers = {"published": published, "fusion-bench": fusion_bench_merge()}
+    peers: dict[str, Route] = {"published": published}
+    with suite.case("published", "fusion-bench") as row:
+        if (peer := fusion_bench_merge()) is None:
+            raise Unavailable("fusion_bench is not installed")
+        peers["fusion-bench"] = peer
     taken: dict[str, dict[Shape, float]] = {name: {} for name in peers}
     for shape in sorted(counts, key=lambda s: plans[s]):
         for name, run in peers.items():
             with suite.case("published", name, model=model.name, shape=shape) as row:
-                if run is None:
-                    raise Unavailable("fusion_bench is not installed")
                 expect_time(suite, row, plans[shape], "published")
                 seconds = time_route(suite, row, run, make_deltas(shape, suite.device))
                 finish_time(suite, row, seconds, "published")

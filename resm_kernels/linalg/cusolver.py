@@ -491,12 +491,10 @@ class _Solvers(threading.local):
             self._mine[key] = made
         return self._mine[key]
 
-    def release(self) -> None:
+    def every(self) -> list[_cusolver.Solver]:
         """Those of all threads."""
         with self._change:
-            every = list(self._every)
-        for solver in every:
-            solver.release()
+            return list(self._every)
 
 
 @functools.cache
@@ -506,7 +504,13 @@ def _solvers() -> _Solvers:
 
 def release() -> None:
     """Give back the workspace that solvers keep, of all threads, but for those at work."""
-    _solvers().release()
+    for solver in _solvers().every():
+        solver.release()
+
+
+def workspace() -> int:
+    """Device bytes of workspace that solvers keep, of all threads."""
+    return sum(solver.device_bytes for solver in _solvers().every())
 
 
 class _Task:
