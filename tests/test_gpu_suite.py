@@ -327,8 +327,8 @@ def test_merges_that_do_not_agree_are_not_timed(
 ) -> None:
     honest, errors = merges.merged, itertools.cycle((1e-6, 0.0))
 
-    def off(place: merges.Place, method: str, device: str) -> dict[str, torch.Tensor]:
-        found, error = honest(place, method, device), next(errors) * (method == "ties")
+    def off(place: merges.Place, method: str, *given: Any) -> dict[str, torch.Tensor]:
+        found, error = honest(place, method, *given), next(errors) * (method == "ties")
         return {name: tensor * (1 + error) for name, tensor in found.items()}
 
     monkeypatch.setattr(merges, "merged", off)
