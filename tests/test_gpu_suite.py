@@ -390,6 +390,26 @@ def test_stages_overlap_and_models_are_extrapolated(tmp_path: Path) -> None:
     assert f"(seconds - start) x {ratio:.2f} by operations" in row["assumes"]
 
 
+def test_peers_are_extrapolated_to_a_layer_where_time_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = merges.QUICK[0]
+    largest = max(model.layer.values(), key=lambda shape: merges.published_seconds(shape, "cpu"))
+    plans = {shape: min(shape) * 1e-6 for shape in model.layer.values()}
+    plans[largest] = 1e6
+    monkeypatch.setattr(merges, "published_seconds", lambda shape, device: plans[shape])
+    monkeypatch.setattr(merges, "fusion_bench_merge", lambda: merges.published)
+    suite = Suite(tmp_path, torch.device("cpu"))
+    suite.allot(60.0, merges.PARTS)
+    merges.time_published(suite, model, {})
+    for name in ("published", "fusion-bench"):
+        found = {r["shape"]: r for r in suite.rows if r["name"] == name and "shape" in r}
+        assert {s for s, r in found.items() if r["status"] == "skipped"} == {largest}
+        (layer,) = (r for r in suite.rows if r["name"] == f"{name}, layer")
+        assert re.search(rf"by operations from \(128, 1\d+\): \[\({largest[0]}", layer["assumes"])
+        assert layer["seconds"] > 1e6 * max(r.get("seconds", 0.0) for r in found.values())
+
+
 def test_the_budget_of_the_suite_adds_up() -> None:
     """The parts that are measured last have their time also where all others take all of theirs."""
     left, shares = run.BUDGET - run.TESTS_SECONDS, dict[str, float]()
