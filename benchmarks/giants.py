@@ -178,13 +178,22 @@ LARGE = (
 """Some need half an hour and 10 GB of memory and of disk."""
 
 
-def write_family(folder: Path, giant: Giant, patched: Sequence[str] = ()) -> list[Path]:
+Values = Callable[[Slot, int], torch.Tensor]
+"""A tensor of the base (0), or of one of the experts, on the CPU."""
+
+
+def write_family(
+    folder: Path, giant: Giant, patched: Sequence[str] = (), values: Values | None = None
+) -> list[Path]:
     """A base and its experts; the tensors that a pattern matches get values, all else is holes."""
     names = ["base", *(f"expert{t}" for t in range(1, EXPERTS + 1))]
-    return [write_model(folder / name, giant, t, patched) for t, name in enumerate(names)]
+    made = values or _values
+    return [write_model(folder / name, giant, t, patched, made) for t, name in enumerate(names)]
 
 
-def write_model(folder: Path, giant: Giant, which: int, patched: Sequence[str]) -> Path:
+def write_model(
+    folder: Path, giant: Giant, which: int, patched: Sequence[str], values: Values
+) -> Path:
     """One of the family: 0 is the base, the others differ from it by a change of their own."""
     folder.mkdir(parents=True)
     tensors = [(name, BF16, tuple(shape)) for name, shape in giant.shapes.items()]
@@ -196,7 +205,7 @@ def write_model(folder: Path, giant: Giant, which: int, patched: Sequence[str]) 
             for slot in layout.slots:
                 if any(fnmatchcase(slot.name, pattern) for pattern in patched):
                     file.seek(slot.start)
-                    file.write(tensor_bytes(_values(slot, which)))
+                    file.write(tensor_bytes(values(slot, which)))
     for name, content in index_file(layouts).items():
         (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(giant.config))

@@ -142,7 +142,6 @@ typedef struct CUstream_st* cudaStream_t;
 
 #define RESM_CUDART(X)                                                                            \
   X(cudaGetDevice, cudaError_t, (int*))                                                           \
-  X(cudaSetDevice, cudaError_t, (int))                                                            \
   X(cudaMemcpyAsync, cudaError_t, (void*, const void*, size_t, cudaMemcpyKind, cudaStream_t))     \
   X(cudaStreamSynchronize, cudaError_t, (cudaStream_t))                                           \
   X(cudaGetErrorString, const char*, (cudaError_t))

@@ -53,6 +53,7 @@ PYBIND11_MODULE(_cusolver, module) {
            "iterations"_a, "left"_a, "values"_a, "right"_a, "status"_a, "stream"_a)
       .def("polar", &Solver::polar, unlocked, "matrix"_a, "hermitian"_a, "certificate"_a,
            "status"_a, "stream"_a)
+      .def("release", &Solver::release)
       .def_property_readonly("device_bytes", &Solver::device_bytes)
       .def_property_readonly("host_bytes", &Solver::host_bytes);
 }

@@ -1,7 +1,6 @@
 #include "solver.h"
 
 #include <algorithm>
-#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -10,25 +9,16 @@ namespace py = pybind11;
 namespace resm {
 namespace {
 
-// The device that the CUDA runtime of this thread had is set again at the end.
-class Device {
- public:
-  Device(const Library& library, int device) : library_(library) {
-    library.check(library.cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) library.check(library.cudaSetDevice(device), "cudaSetDevice");
-    changed_ = before_ != device;
-  }
-  ~Device() {
-    if (changed_) library_.cudaSetDevice(before_);
-  }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
+// Nothing here selects a device: to set one back in a thread that had none makes a context there.
+bool is_current(const Library& library, int device) {
+  int current = 0;
+  return library.cudaGetDevice(&current) == cudaSuccess && current == device;
+}
 
- private:
-  const Library& library_;
-  int before_ = 0;
-  bool changed_ = false;
-};
+void expect_current(const Library& library, int device) {
+  expect(is_current(library, device),
+         "device " + std::to_string(device) + " is not the thread's current one");
+}
 
 cudaDataType data_type(const Array& array) { return array.itemsize == 8 ? CUDA_R_64F : CUDA_R_32F; }
 
@@ -69,16 +59,16 @@ int length(int lwork) {
 
 }  // namespace
 
-// One call of a solver: locks, selects device and stream, and settles both before it ends.
+// One call of a solver: locks, sets the stream, and settles it before it ends.
 class Solver::Call {
  public:
   Call(Solver& solver, const char* name, const Array& status, std::int64_t batch,
        std::uintptr_t stream)
       : solver_(solver),
         lock_(solver.mutex_),
-        device_(*solver.library_, solver.device_),
         batch_(batch),
         stream_(reinterpret_cast<cudaStream_t>(stream)) {
+    expect_current(*solver.library_, solver.device_);
     expect(status.shape.size() == 2 && status.shape[0] == 2, "status: expected 2 x batch");
     status_ = reinterpret_cast<int*>(
         vectors(Array(reinterpret_cast<std::uintptr_t>(status.data),
@@ -126,7 +116,6 @@ class Solver::Call {
  private:
   Solver& solver_;
   std::lock_guard<std::mutex> lock_;
-  Device device_;
   std::int64_t batch_;
   cudaStream_t stream_;
   int* status_ = nullptr;
@@ -136,7 +125,7 @@ class Solver::Call {
 Solver::Solver(std::shared_ptr<Library> library, int device, py::function allocate)
     : library_(std::move(library)), device_(device), allocate_(std::move(allocate)) {
   auto& f = *library_;
-  Device selected(f, device_);
+  expect_current(f, device_);
   f.check(f.cusolverDnCreate(&handle_), "cusolverDnCreate");
   try {
     f.check(f.cusolverDnCreateParams(&params_), "cusolverDnCreateParams");
@@ -154,12 +143,9 @@ Solver::Solver(std::shared_ptr<Library> library, int device, py::function alloca
 }
 
 Solver::~Solver() {
-  std::optional<Device> selected;
-  try {
-    selected.emplace(*library_, device_);
-  } catch (const CusolverError&) {
-    return;  // The runtime has gone: so have the handles.
-  }
+  // The runtime has gone, and the handles with it, or another device is current: a solver ends
+  // with its thread, and elsewhere only at the end of the process.
+  if (!is_current(*library_, device_)) return;
   if (jacobi_) library_->cusolverDnDestroyGesvdjInfo(jacobi_);
   library_->cusolverDnDestroyParams(params_);
   library_->cusolverDnDestroy(handle_);
@@ -189,6 +175,15 @@ void* Solver::host_work(std::size_t bytes) {
     host_bytes_ = bytes;
   }
   return host_buffer_.get();
+}
+
+void Solver::release() {
+  const std::unique_lock<std::mutex> idle(mutex_, std::try_to_lock);
+  if (!idle) return;
+  device_buffer_ = py::object();
+  device_pointer_ = nullptr;
+  host_buffer_.reset();
+  device_bytes_ = host_bytes_ = 0;
 }
 
 template <class T>

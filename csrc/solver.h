@@ -24,7 +24,7 @@ struct Outcome {
 // Every call takes `status`, int32 2 x batch on the device: row 0 receives cuSOLVER's info, row 1
 // holds the caller's flags. Both are read once, after the last call; then the stream is idle.
 // Arguments: std::invalid_argument. Statuses of cuSOLVER and CUDA: CusolverError. The GIL is not
-// held; `allocate` takes it.
+// held; `allocate` takes it. The solver's device has to be the thread's current one.
 class Solver {
  public:
   // allocate(bytes) returns an object with data_ptr(), such as a torch.Tensor.
@@ -54,6 +54,8 @@ class Solver {
   Outcome polar(const Array& a, const Array& hermitian, const Array& certificate,
                 const Array& status, std::uintptr_t stream);
 
+  // Gives the workspace back, unless a call is at work with it. With the GIL.
+  void release();
   std::size_t device_bytes() const { return device_bytes_; }
   std::size_t host_bytes() const { return host_bytes_; }
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -664,16 +665,90 @@ def test_an_allocator_that_fails_leaves_the_solver_usable(fake_cusolver: Fake, r
 
 
 def test_stream_and_device(fake_cusolver: Fake, raw: Raw) -> None:
+    """The caller selects the device; nothing here does, or sets one back."""
     eigen_call(raw, 4, stream=4096)
     assert fake_cusolver.calls("cudaStreamSynchronize") == [["cudaStreamSynchronize", "4096"]]
-    raw.solver = extension().Solver(fake_cusolver.library, 1, raw.allocate)
-    eigen_call(raw, 4)
-    eigen_call(raw, 4)
-    # To device 1 and back, for the handle, for each of two calls and for the handle's end.
-    del raw.solver
-    gc.collect()
-    assert [call[1] for call in fake_cusolver.calls("cudaSetDevice")] == ["1", "0"] * 4
+    before = fake_cusolver.live()
+    with pytest.raises(ValueError, match="device 1 is not the thread's current one"):
+        extension().Solver(fake_cusolver.library, 1, raw.allocate)
+    assert fake_cusolver.live() == before
+    with fake_cusolver.current(1):
+        solver = extension().Solver(fake_cusolver.library, 1, raw.allocate)
+        with pytest.raises(ValueError, match="device 0 is not the thread's current one"):
+            eigen_call(raw, 4)
+        raw.solver, first = solver, raw.solver
+        eigen_call(raw, 4)
+        assert fake_cusolver.live() == before + 3
+        del raw.solver, solver
+        gc.collect()
+        assert fake_cusolver.live() == before
+        del first
+        gc.collect()
+        assert fake_cusolver.live() == before  # handles of another device stay
     assert fake_cusolver.count("REFUSED") == 0
+
+
+def test_the_python_face_makes_the_device_current(
+    fake_cusolver: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", 1)
+    stream = SimpleNamespace(cuda_stream=4096)
+    monkeypatch.setattr(torch.cuda, "device", lambda d: fake_cusolver.current(d.index))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: {device: stream}[d])
+    made = functools.partial(torch.empty, device="cpu")
+    monkeypatch.setattr(torch, "empty", lambda *size, **given: made(*size, dtype=given["dtype"]))
+    matrix, wrong = symmetric(6), list[BaseException]()
+
+    def work() -> None:
+        task = cusolver._Task("syevd", matrix, 2, symmetric=True, overwrite=False)
+        task._device, values = device, task.new(1, 6)
+        try:
+            task.run(values)
+            assert torch.allclose(values[0], torch.linalg.eigvalsh(matrix), atol=1e-12)
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=work)  # with solvers of its own
+    thread.start()
+    thread.join()
+    assert not wrong
+    assert fake_cusolver.calls("cudaStreamSynchronize") == [["cudaStreamSynchronize", "4096"]]
+
+
+def test_workspace_is_given_back_of_solvers_that_are_idle(fake_cusolver: Fake) -> None:
+    made, held, found = list[Any](), threading.Event(), list[cusolver.Eigen]()
+    matrix = symmetric(7)
+
+    def work() -> None:
+        cusolver.syevd(matrix)
+        made.append(cusolver._solvers().of(fake_cusolver.library, matrix.device))
+        held.wait(20)
+        found.append(cusolver.syevd(matrix))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not made:
+        assert thread.is_alive()
+        time.sleep(0.001)
+    (solver,) = made
+    assert 0 < solver.device_bytes <= cusolver.workspace()
+    cusolver.release()
+    assert solver.device_bytes == solver.host_bytes == cusolver.workspace() == 0
+
+    fake_cusolver.gate(closed=True)
+    held.set()
+    while fake_cusolver.count("cusolverDnXsyevd ") < 2:
+        assert thread.is_alive()
+        time.sleep(0.001)
+    cusolver.release()
+    assert solver.device_bytes > 0
+    fake_cusolver.gate(closed=False)
+    thread.join()
+    assert torch.allclose(found[0].values, torch.linalg.eigvalsh(matrix), atol=1e-12)
+    made.clear()
+    del solver
+    gc.collect()
+    cusolver.release()
 
 
 def test_handles_end_with_their_solver(fake_cusolver: Fake) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -19,11 +20,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import crossover, factorisations, kernels, run
+from benchmarks.gpu import crossover, factorisations, kernels, merges, run
 from benchmarks.gpu.suite import Suite, TooLong
 from resm_kernels.linalg import cusolver
 from resm_kernels.linalg.crossover import parse_tables
 from resm_kernels.linalg.solver import Work
+from resm_kernels.linalg.subspace import GRAM_RANGE
 from tests.fake_cusolver import Fake
 
 
@@ -110,6 +112,7 @@ def test_the_quick_grid_measures_every_solver_of_cusolver(
     assert {row["name"] for row in ours} == set(cusolver.SOLVERS)
     assert {row["status"] for row in ours} <= {"ok", "fail"}
     assert all(row["seconds"] > 0 for row in ours)
+    assert all(0 < row["workspace_bytes"] < 1e6 for row in ours)  # of one case, not of all
     for row in ours:  # the fake's Jacobi rotations stop at 1e-14
         if row["part"] != "low rank":
             assert (row["error"] <= row["limit"]) == (row["status"] == "ok")
@@ -180,6 +183,13 @@ def test_a_slow_first_run_is_no_measurement(tmp_path: Path) -> None:
     suite.pace[crossover.pace_key(row)] = 1e-3
     with pytest.raises(TooLong, match=r"about 262\.1 s, but 3\.0 s allowed"):
         crossover.check_time(suite, row | {"shape": (64, 64)})
+
+
+def test_svds_are_measured_on_spectra_that_a_merge_asks_them_for() -> None:
+    for dtype, least in ((torch.float64, GRAM_RANGE), (torch.float32, 1e-4)):
+        (matrix,) = crossover.make("svd", 1, (256, 128), dtype, torch.device("cpu"))
+        values = torch.linalg.svdvals(matrix.double())
+        assert 0 < (values[-1] / values[0]) ** 2 < least
 
 
 def test_the_grid_stays_inside_memory() -> None:
@@ -278,6 +288,163 @@ def spoilt(name: str, case: kernels.Case) -> Any:
     found = case.plain(*case.given)
     (found[0] if name == "split_delta" else found).view(-1)[5] += 1.0
     return found
+
+
+def test_the_quick_merges_go_from_disk_to_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(arguments(tmp_path, "merges")) == 0
+    rows = rows_in(tmp_path)
+    assert {r["status"] for r in rows if r["part"] != "published"} == {"ok"}
+    assert {row["part"] for row in rows} == {*merges.PARTS}
+    whole = [row for row in rows if row["part"] == "end to end"]
+    assert [(row["method"], row["weights"]) for row in whole] == [
+        ("tsvm", 3), ("ties", 9), ("tsvm", 9), ("resm", 9),
+    ]  # fmt: skip
+    larger = [row for row in rows if row["part"] == "larger" and row["name"] != "inputs"]
+    assert [(row["method"], row["weights"]) for row in larger] == [
+        ("ties", 4), ("resm", 3), ("tsvm", 3), ("resm", 4), ("tsvm", 4),
+    ]  # fmt: skip
+    for row in whole:
+        assert row["busy"].keys() == {"read", "compute", "write", "finish"}
+        assert all(0 <= share <= 1 for share in row["busy"].values())
+        assert row["host_peak_bytes"] > 0
+        assert row["disk_floor_seconds"] > 0
+        assert row["predicted_seconds"] > 0
+        assert row["model_seconds"] > row["layer_seconds"] * merges.QUICK[0].layers
+    assert {row["workers"] for row in rows if row["part"] == "workers"} >= {1, 3}
+    taken = [row for row in rows if row["name"] == "published"]
+    assert {tuple(row["shape"]) for row in taken} == {*merges.QUICK[0].layer.values()}
+    assert all(row["ratio"] > 0 for row in taken)
+    (layer,) = (row for row in rows if row["name"] == "published, layer")
+    assert layer["seconds"] > sum(row["seconds"] for row in taken)
+    shown = capsys.readouterr().out
+    assert re.search(r"end to end tiny ties model.layers.\* .*, compute \d+%", shown)
+
+
+def test_merges_that_do_not_agree_are_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, errors = merges.merged, itertools.cycle((1e-6, 0.0))
+
+    def off(place: merges.Place, method: str, *given: Any) -> dict[str, torch.Tensor]:
+        found, error = honest(place, method, *given), next(errors) * (method == "ties")
+        return {name: tensor * (1 + error) for name, tensor in found.items()}
+
+    monkeypatch.setattr(merges, "merged", off)
+    suite = Suite(tmp_path, torch.device("cpu"))
+    merges.measure(suite, 60.0, quick=True)
+    wrong = [row for row in suite.rows if row["status"] == "fail"]
+    assert [(row["name"], row["method"], row["limit"]) for row in wrong] == [("agrees", "ties", 0)]
+    assert wrong[0]["note"].startswith("differs from the CPU by ")
+    timed = [row for row in suite.rows if row["part"] in ("end to end", "larger")]
+    assert {row["status"] for row in timed if row.get("method") == "ties"} == {"unavailable"}
+    assert {row["status"] for row in timed if row.get("method") != "ties"} == {"ok"}
+    assert run.failed(suite)
+
+
+def test_merges_end_with_their_time_their_disk_and_their_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def statuses(seconds: float) -> dict[str, str]:
+        suite = Suite(tmp_path, torch.device("cpu"))
+        merges.measure(suite, seconds, quick=True)
+        merges.print_table(suite.rows)
+        return {row["name"]: f"{row['status']}: {row.get('note')}" for row in suite.rows}
+
+    assert statuses(0.0) == {"inputs": "skipped: about 0.0 s, but 0.0 s left to set up"}
+    with monkeypatch.context() as broken:
+        broken.setattr(merges, "run_merge", lambda *given: [][0])
+        broken.setattr(merges, "time_published", lambda *given: None)
+        found = statuses(60.0)
+    assert found["tiny tsvm"] == found["small resm"] == "error: IndexError: list index out of range"
+    assert found["best"] == "skipped: fewer than two numbers of workers were measured"
+    slow = {"cpu": Work(*[1e4] * 7)}
+    with monkeypatch.context() as rates:
+        rates.setattr(merges, "RATES", slow)
+        rates.setattr(merges, "check_methods", lambda suite, place: None)
+        found = statuses(60.0)
+    assert found["tiny tsvm"].startswith("unavailable: not available (tsvm does not agree")
+    assert re.match(r"skipped: about \d{3,}\.\d s, but \S+ s left", found["published"])
+    assert found["published, layer"].startswith("unavailable")
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    assert statuses(60.0).keys() == {"inputs"}
+
+
+def test_stages_overlap_and_models_are_extrapolated(tmp_path: Path) -> None:
+    track = {"read 0": [0.0, 1.0, 2.0, 3.0], "read 1": [0.5, 2.5], "compute cuda:0 0": [1.0, 3.0]}
+    report = argparse.Namespace(timeline=track, seconds=4.0)
+    assert merges.busy_shares(report) == {"read": 0.75, "compute": 0.5}  # type: ignore[arg-type]
+    model = merges.MODELS[1]
+    place = merges.Place(model, tmp_path, [], read=2e9, write=1e9, start=1.0, table_rate=1e9)
+    guess = merges.nominal(place, "ties", merges.SMALL, "cuda")
+    row: dict[str, Any] = {"method": "ties", "seconds": 3.0}
+    merges.extrapolate(row, place, guess, "cuda")
+    whole = 2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192
+    ratio = whole / (8192**2 + 2 * 1024 * 8192)
+    tables = 2 * 128256 * 8192
+    assert row["layer_seconds"] == pytest.approx(2.0 * ratio)
+    assert row["model_seconds"] == pytest.approx(1.0 + 160.0 * ratio + 10 * tables / 1e9)
+    assert row["model_floor_seconds"] == pytest.approx(8 * (80 * whole + tables) / 2e9)
+    assert f"(seconds - start) x {ratio:.2f} by operations" in row["assumes"]
+
+
+def test_peers_are_extrapolated_to_a_layer_where_time_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = merges.QUICK[0]
+    largest = max(model.layer.values(), key=lambda shape: merges.published_seconds(shape, "cpu"))
+    plans = {shape: min(shape) * 1e-6 for shape in model.layer.values()}
+    plans[largest] = 1e6
+    monkeypatch.setattr(merges, "published_seconds", lambda shape, device: plans[shape])
+    monkeypatch.setattr(merges, "fusion_bench_merge", lambda: merges.published)
+    suite = Suite(tmp_path, torch.device("cpu"))
+    suite.allot(60.0, merges.PARTS)
+    merges.time_published(suite, model, {})
+    for name in ("published", "fusion-bench"):
+        found = {r["shape"]: r for r in suite.rows if r["name"] == name and "shape" in r}
+        assert {s for s, r in found.items() if r["status"] == "skipped"} == {largest}
+        (layer,) = (r for r in suite.rows if r["name"] == f"{name}, layer")
+        assert re.search(rf"by operations from \(128, 1\d+\): \[\({largest[0]}", layer["assumes"])
+        assert layer["seconds"] > 1e6 * max(r.get("seconds", 0.0) for r in found.values())
+
+
+def test_the_budget_of_the_suite_adds_up() -> None:
+    """The parts that are measured last have their time also where all others take all of theirs."""
+    left, shares = run.BUDGET - run.TESTS_SECONDS, dict[str, float]()
+    for part in run.PARTS:
+        shares[part] = run.share_of(part, left)
+        left -= shares[part]
+    assert shares == {"kernels": 110, "factorisations": 70, "merges": 70, "crossover": 60}
+    assert left == run.SANITIZER_SECONDS
+    assert run.share_of("merges", 300.0) == 200.0
+    assert run.share_of("merges", 50.0) == 0.0
+
+
+def test_a_part_that_cannot_be_imported_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None
+) -> None:
+    def missing(part: str) -> None:
+        raise ImportError("no module named yaml")
+
+    monkeypatch.setattr(run, "module", missing)
+    assert run.main(arguments(tmp_path, "merges")) == 1
+    (row,) = rows_in(tmp_path)
+    assert (row["name"], row["note"]) == ("merges", "ImportError: no module named yaml")
+
+
+def test_a_part_that_is_killed_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = f"import tempfile, time; f = tempfile.mkdtemp(); open({str(tmp_path / 'where')!r}, 'w')"
+    body += ".write(f); time.sleep(60)"
+    monkeypatch.setattr(run, "part_command", lambda *given: [sys.executable, "-c", body])
+    monkeypatch.setattr(run, "GRACE", 2.0)
+    suite = Suite(tmp_path, torch.device("cpu"))
+    run.run_part(suite, "merges", argparse.Namespace(), 0.0)
+    assert suite.rows[-1]["note"] == "exit code none within 2 s"
+    assert not Path((tmp_path / "where").read_text()).exists()
 
 
 def test_errors_and_the_budget_are_recorded(

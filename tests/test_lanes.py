@@ -27,7 +27,7 @@ from resm_kernels.engine.lanes import CudaLane, StagedLane
 from resm_kernels.engine.plan import plan_steps
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.errors import CheckpointError, PlanError, UsageError
-from resm_kernels.linalg import dispatch, solver
+from resm_kernels.linalg import cusolver, dispatch, solver
 from resm_kernels.methods import out_of_memory as ran_out
 from tests.checkpoints import contents, fine_tuned, make_state, save, save_family
 from tests.faults import threads
@@ -368,8 +368,22 @@ def test_what_counts_as_running_out_of_memory() -> None:
     outer = ValueError("outer")
     outer.__cause__ = cause
     found = [MemoryError(), torch.OutOfMemoryError("x"), cause, outer]
-    assert all(map(ran_out, [*found, RuntimeError("CUDA error: out of memory")]))
-    assert not any(map(ran_out, [None, ValueError("alloc"), RuntimeError("illegal address")]))
+    for text in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+        "cusolverDnCreate: CUSOLVER_STATUS_NOT_INITIALIZED",
+    ):
+        found.append(RuntimeError(text))
+    assert all(map(ran_out, found))
+    others = [
+        "illegal address",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasDgemm(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevd(handle)`",
+        "cusolverDnCreate: CUSOLVER_STATUS_ARCH_MISMATCH",
+    ]
+    assert not any(map(ran_out, [None, ValueError("alloc"), *map(RuntimeError, others)]))
 
 
 # Reading and writing through buffers
@@ -524,7 +538,9 @@ def test_the_cuda_lane_orders_its_streams(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Reads on one, merges on one per worker after what was read, results on one after those."""
-    used: dict[str, set[Stream]] = {"empty": set(), "merge": set(), "copied out": set()}
+    used: dict[str, set[Any]] = {"empty": set(), "merge": set(), "copied out": set(), "set": set()}
+    freed: list[str] = []
+    monkeypatch.setattr(cusolver, "release", lambda: freed.append(threading.current_thread().name))
     for name, fake in {
         "Stream": Stream,
         "Event": Event,
@@ -535,6 +551,7 @@ def test_the_cuda_lane_orders_its_streams(
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "device": lambda device: contextlib.nullcontext(),
+        "set_device": lambda device: used["set"].add((threading.get_ident(), device)),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     kept: list[tuple[torch.Tensor, Stream]] = []
@@ -578,6 +595,12 @@ def test_the_cuda_lane_orders_its_streams(
     assert {s for _, s in kept} == used["merge"]
     assert report.peak_device_memory == {"cuda:0": 1000}
     assert list(report.all_notes) == [MATRIX]
+    # Only the run's own threads are moved to the device; workspace goes when memory runs out, and
+    # at the end.
+    assert {device for _, device in used["set"]} == {lane.device}
+    assert threading.get_ident() not in {thread for thread, _ in used["set"]}
+    assert "compute" in freed[0]
+    assert freed[1:] == [threading.current_thread().name]
 
 
 @pytest.fixture
@@ -586,6 +609,7 @@ def fake_streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "Stream": Stream,
         "stream": stream,
         "current_stream": lambda device: CURRENT.stream,
+        "set_device": lambda device: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     solver._lanes.cache_clear()

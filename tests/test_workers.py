@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import resm_kernels
 from resm_kernels.cli import main
@@ -17,6 +18,7 @@ from resm_kernels.engine.lanes import STAGING
 from resm_kernels.engine.ledger import Account, Bid, Ledger
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.engine.plan import (
+    CUBLAS_SPACE,
     plan_steps,
     predicted_device_peak,
     predicted_peak,
@@ -25,6 +27,7 @@ from resm_kernels.engine.plan import (
 from resm_kernels.engine.timeline import Timeline
 from resm_kernels.engine.workers import choose_workers
 from resm_kernels.errors import PlanError, UsageError
+from resm_kernels.linalg import dispatch
 from tests.adapters import write_adapter
 from tests.checkpoints import fine_tuned, make_state, save, save_family
 
@@ -112,6 +115,35 @@ def test_devices_are_planned_with_a_memory_of_their_own(tmp_path: Path) -> None:
     small = dataclasses.replace(there, device_memory=there.peak_device_memory // 2)
     assert small.peak_device_memory <= small.device_memory
     assert {"peak_device_memory_bytes", "device_memory_bytes"} <= there.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "stack", "kept"),
+    [
+        ("torch", 1, 0),
+        ("syevdx", 1, 24 * 64 * 64),
+        ("syevd", 1, 24 * 64 * 64),
+        ("syev_batched", 4, 24 * 64 * 64 * 4 * 2),
+    ],
+)
+def test_the_workspace_that_solvers_keep_is_planned(
+    name: str, stack: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every thread: one for a worker and one for each of its experts."""
+    shape = (stack, 96, 64) if stack > 1 else (96, 64)
+    state = make_state(shapes={"layers.0.mlp.experts.down_proj": shape, "norm.weight": (8,)})
+    base = save(tmp_path / "base", state, config={"num_experts": stack})
+    experts = [save(tmp_path / f"e{t}", fine_tuned(state, t + 1)) for t in range(2)]
+    monkeypatch.setattr(dispatch, "backend", lambda problem, device: name)
+    made = resm_kernels.plan(base, experts, "tsvm", workers=2)
+    there = dataclasses.replace(made, device_memory=1 << 40)
+    gpu = dataclasses.replace(there, devices=(torch.device("cuda"),))
+    libraries = 2 * (1 + 2) * (CUBLAS_SPACE + kept)
+    assert gpu.peak_device_memory == there.peak_device_memory + libraries
+    simple = resm_kernels.plan(base, experts, "ties", workers=2)
+    simple = dataclasses.replace(simple, device_memory=1 << 40, devices=gpu.devices)
+    moved = dataclasses.replace(simple, devices=there.devices).peak_device_memory
+    assert simple.peak_device_memory == moved + 2 * (1 + 2) * CUBLAS_SPACE
 
 
 def test_gpu_memory_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

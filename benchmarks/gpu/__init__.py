@@ -1,1 +1,1 @@
-"""The GPU suite: tests, kernels against the card's roofs, factorisations and whole models."""
+"""The GPU suite: tests, kernels against the roofs, factorisations, merges from disk to disk."""

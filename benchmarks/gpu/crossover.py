@@ -38,6 +38,8 @@ TALL = {"svd": (1, 4), "polar": (1, 4)}
 """Rows over columns; square for the others."""
 SHARES = {"leading": 3, "low rank": 16}
 """One of so many vectors is wanted: what three experts keep, and what a sketch is made for."""
+FALL = {torch.float64: -6, torch.float32: -3}
+"""Powers of ten over which the columns of matrices for SVDs fall."""
 ENTRIES = 1 << 28
 """The most entries of a case: 2 GiB in float64."""
 LONGEST, ALLOWANCE, REPEATS = (3.0, 1.0), 0.2, 3
@@ -133,7 +135,10 @@ def applies(name: str, batch: int, shape: tuple[int, int]) -> bool:
 def make(
     operation: str, batch: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Gram matrices of noise, noise, panels of orthonormal columns, or noise on few directions."""
+    """Gram matrices of noise, noise with falling columns, orthonormal panels, or few directions.
+
+    A merge asks for SVDs only where a Gram matrix would lose the small singular values.
+    """
     (m, n), generator = shape, torch.Generator(device).manual_seed(0)
 
     def gaussian(*sizes: int) -> torch.Tensor:
@@ -146,7 +151,9 @@ def make(
         inner = max(1, n // SHARES[operation])
         return gaussian(1, m, inner) @ gaussian(inner, n) + gaussian(1, m, n) / math.sqrt(n)
     noise = gaussian(batch, m, n)
-    return noise.mT @ noise / m if operation in ("eigh", "leading") else noise
+    if operation == "svd":
+        return noise * torch.logspace(0, FALL[dtype], n, dtype=dtype, device=device)
+    return noise.mT @ noise / m
 
 
 def backward_error(matrices: torch.Tensor, found: Found) -> float:
@@ -222,7 +229,11 @@ def measure_case(
             check_time(suite, row)
             if matrices is None:
                 matrices = make(operation, batch, shape, getattr(torch, dtype), suite.device)
+            if name in cusolver.SOLVERS:
+                cusolver.release()
             found = timed(suite, row, run, matrices, count)
+            if name in cusolver.SOLVERS:
+                row["workspace_bytes"] = cusolver.workspace()
             row["error"] = backward_error(matrices, found)
             if name == "torch":
                 baseline = row["error"]

@@ -1,4 +1,4 @@
-"""GPU tests, kernels, factorisations and cuSOLVER's solvers, each in a process, in one budget.
+"""GPU tests, kernels, factorisations, merges and solvers, each in a process, in one budget.
 
     python -m benchmarks.gpu.run --out DIR [--device cpu --quick] [--budget SECONDS]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -19,23 +20,39 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from benchmarks.gpu import crossover, factorisations, kernels
 from benchmarks.gpu.suite import Suite, TooLong, Unavailable, Wrong
 from resm_kernels.linalg import cusolver
 
 TESTS = ("tests/test_gpu.py", "tests/test_gpu_kernels.py")
-TESTS_SECONDS, KERNELS_SECONDS, BUDGET, GRACE = 150.0, 120.0, 500.0, 20.0
-"""For the tests, for the kernels, which get what the tests leave, for everything; and how much
-longer a process may take than it was given."""
-CROSSOVER_SECONDS, SANITIZER_SECONDS = 80.0, 40.0
-"""Kept for the solvers and for compute-sanitizer at the end; the factorisations get the rest."""
-PARTS = {"kernels": kernels, "factorisations": factorisations, "crossover": crossover}
+TESTS_SECONDS, BUDGET, GRACE = 150.0, 500.0, 20.0
+"""For the tests, for everything, and how much longer a process may take than it was given."""
+PARTS = ("kernels", "factorisations", "merges", "crossover")
+"""Modules, imported in the process of the part: one that cannot be is a row."""
+MOST = {"kernels": 110.0, "factorisations": 70.0}
+"""Seconds for a part at most: what the tests and these leave goes to the merges."""
+KEPT = {"kernels": 240.0, "factorisations": 170.0, "merges": 100.0, "crossover": 40.0}
+"""Seconds that a part leaves to those after it: 70 and more to the merges, 60 to the solvers, 40 to
+compute-sanitizer."""
+SANITIZER_SECONDS = 40.0
+HAS_TO = ("tests", "suite", "roofs", "kernels", "correctness", "sanitizer", "set up", "end to end",
+          "workers", "larger")  # fmt: skip
+"""Parts of rows in which nothing may fail."""
 FOUND = 9
 """compute-sanitizer's exit code where it found an error."""
 ROOT = Path(__file__).parents[2]
+
+
+def module(part: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.gpu.{part}")
+
+
+def share_of(part: str, left: float) -> float:
+    """Seconds for a part when so many are left to it and all after it."""
+    return max(0.0, min(left - KEPT[part], MOST.get(part, left)))
 
 
 def run_tests(suite: Suite, seconds: float) -> None:
@@ -69,11 +86,13 @@ def part_command(part: str, given: argparse.Namespace, seconds: float) -> list[s
 def run_part(suite: Suite, part: str, given: argparse.Namespace, seconds: float) -> None:
     """Run a part, and take over the rows that it left on disk."""
     suite.save()
-    try:
-        command = part_command(part, given, seconds)
-        code = str(subprocess.run(command, cwd=ROOT, timeout=seconds + GRACE).returncode)
-    except subprocess.TimeoutExpired:
-        code = f"none within {seconds + GRACE:.0f} s"
+    command, limit = part_command(part, given, seconds), seconds + GRACE
+    with tempfile.TemporaryDirectory() as folder:  # gone also where the process is killed
+        where = os.environ | {"TMPDIR": folder}
+        try:
+            code = str(subprocess.run(command, cwd=ROOT, env=where, timeout=limit).returncode)
+        except subprocess.TimeoutExpired:
+            code = f"none within {limit:.0f} s"
     suite.reload()
     for row in suite.rows:
         if row["status"] == "running":
@@ -126,8 +145,7 @@ def print_tests(suite: Suite) -> None:
 
 def failed(suite: Suite) -> bool:
     """Whether anything that has to hold did not."""
-    parts = ("tests", "suite", "roofs", "kernels", "correctness", "sanitizer")
-    return any(row["part"] in parts and row["status"] in ("fail", "error") for row in suite.rows)
+    return any(row["part"] in HAS_TO and row["status"] in ("fail", "error") for row in suite.rows)
 
 
 @torch.no_grad()
@@ -139,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes, to try the suite out")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
-    parser.add_argument("--only", choices=tuple(PARTS))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--append", action="store_true", help="one part, to the rows in DIR")
     given = parser.parse_args(arguments)
@@ -154,22 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not given.skip_tests:
             run_tests(suite, min(TESTS_SECONDS, given.budget))
-        tests = 0.0 if given.skip_tests else TESTS_SECONDS
         for part in (given.only,) if given.only else PARTS:
-            seconds = given.budget - suite.elapsed
-            if part == "kernels" and not given.only:
-                seconds = min(seconds, tests + KERNELS_SECONDS - suite.elapsed)
-            elif not given.only:
-                kept = CROSSOVER_SECONDS if part == "factorisations" else 0.0
-                seconds -= SANITIZER_SECONDS + kept
-            run_part(suite, part, given, max(seconds, 0.0))
+            left = given.budget - suite.elapsed
+            run_part(suite, part, given, max(left, 0.0) if given.only else share_of(part, left))
         if not given.only:
             run_sanitizer(suite, given, given.budget - suite.elapsed)
     finally:
         suite.save()
-        for shown in PARTS.values():
+        for part in PARTS:
             with contextlib.suppress(Exception):
-                shown.print_table(suite.rows)
+                module(part).print_table(suite.rows)
         print_tests(suite)
     return int(failed(suite))
 
@@ -180,7 +192,7 @@ def measure(suite: Suite, given: argparse.Namespace) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel imports triton
     torch.set_float32_matmul_precision("highest")
     try:
-        PARTS[given.only].measure(suite, given.budget - suite.elapsed, given.quick)
+        module(given.only).measure(suite, given.budget - suite.elapsed, given.quick)
     except Exception as error:
         traceback.print_exc()
         with suite.case("suite", given.only):

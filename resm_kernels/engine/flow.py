@@ -223,6 +223,8 @@ class Run:
                 self._fail(error)
         for pool in self._pools.values():
             pool.shutdown(wait=True)
+        for lane in self.lanes:
+            lane.close()
 
     def _submit(self, pool: str, work: Callable[..., None], *given: object) -> None:
         stage = pool.partition(" ")[0]

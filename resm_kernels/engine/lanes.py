@@ -21,7 +21,7 @@ from resm_kernels.checkpoint.files import PIECE
 from resm_kernels.checkpoint.reader import HOST, Fill, Place
 from resm_kernels.checkpoint.writer import tensor_bytes
 from resm_kernels.engine.ledger import Account
-from resm_kernels.linalg import FactoredDelta
+from resm_kernels.linalg import FactoredDelta, cusolver
 from resm_kernels.ops.dtypes import chunks
 
 LOG = logging.getLogger(__name__)
@@ -112,6 +112,9 @@ class Lane:
 
     def trim(self) -> None:
         """Give back what an allocator only keeps."""
+
+    def close(self) -> None:
+        """Give back what is kept between weights; the run is over."""
 
     @property
     def peak(self) -> int:
@@ -227,9 +230,16 @@ class CudaLane(StagedLane):
         return super()._buffer()
 
     @contextlib.contextmanager
+    def _on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        # The run's own threads: left on another device, torch would make a context there.
+        torch.cuda.set_device(self.device)
+        with torch.cuda.stream(stream):
+            yield
+
+    @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """As in `Lane`."""
-        with torch.cuda.stream(self._stream_in):
+        with self._on(self._stream_in):
             yield
 
     @contextlib.contextmanager
@@ -243,7 +253,7 @@ class CudaLane(StagedLane):
             held = (value,) if isinstance(value, torch.Tensor) else (value.left, value.right)
             for tensor in held:
                 tensor.record_stream(stream)
-        with torch.cuda.stream(stream):
+        with self._on(stream):
             yield
 
     def mark(self) -> Mark:
@@ -259,14 +269,19 @@ class CudaLane(StagedLane):
     @contextlib.contextmanager
     def _leaving(self, done: Mark) -> Iterator[None]:
         self._stream_out.wait_event(done)
-        with torch.cuda.stream(self._stream_out):
+        with self._on(self._stream_out):
             yield
 
     def trim(self) -> None:
-        """Give the caching allocator's free blocks back."""
+        """Give back the workspace of idle solvers and the caching allocator's free blocks."""
+        cusolver.release()
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """As in `Lane`: the threads of experts, and their solvers, outlive a run."""
+        cusolver.release()
 
     @property
     def peak(self) -> int:

@@ -23,7 +23,10 @@ from resm_kernels.engine.matching import FactorSource, Source
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.engine.workspace import Workspaces, factor_ranks
 from resm_kernels.errors import PlanError
+from resm_kernels.linalg import dispatch
+from resm_kernels.linalg.crossover import Problem
 from resm_kernels.methods import Method, Split
+from resm_kernels.methods.matrices import matrix_shapes
 from resm_kernels.recipe import Recipe
 
 CUBLAS_SPACE = 32 << 20
@@ -259,9 +262,32 @@ def predicted_device_peak(steps: Sequence[Step], plan: MergePlan) -> int:
     if not plan.has_devices:
         return 0
     there = [step for step in steps if not step.stays_on_host(plan)]
-    streams = plan.workers * (1 + len(plan.experts))
-    libraries = streams * CUBLAS_SPACE if plan.device.type == "cuda" else 0
+    libraries = 0
+    if plan.device.type == "cuda":
+        streams = plan.workers * (1 + len(plan.experts))
+        libraries = streams * (CUBLAS_SPACE + _solver_space(there, plan.device))
     return min(_peak(there, plan.workers, len(plan.devices)), plan.device_memory) + libraries
+
+
+def _solver_space(steps: Sequence[Step], device: torch.device) -> int:
+    """Most bytes that a thread's solver of ours keeps between weights."""
+    matrices = {
+        (tensor.method.name, shape, len(equal), len(tensor.experts), tensor.options): tensor.method
+        for step in steps
+        for tensor in step.tensors
+        if tensor.reason is None and tensor.method.by_matrix and tensor.experts
+        for shape, equal in matrix_shapes(tensor.split, tensor.slot.shape).items()
+    }
+    problems: set[Problem] = set()
+    for (_, shape, count, experts, options), method in matrices.items():
+        side = (min(shape), min(shape))
+        size = method.batch(shape, count, experts, 4, options, device.type).size
+        if size > 1:
+            problems.add(Problem("eigh", side, "float64", size * experts))
+        else:
+            problems.add(Problem("eigh", side, "float64"))
+            problems.add(Problem("leading", side, "float64", count=max(1, side[0] // experts)))
+    return max((dispatch.kept_space(problem, device) for problem in problems), default=0)
 
 
 def _peak(steps: Sequence[Step], workers: int, devices: int = 1) -> int:

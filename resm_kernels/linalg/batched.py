@@ -24,6 +24,8 @@ class SubspaceBatch:
         Triplets kept, and the rank of each delta by `numerical_rank`.
     doubtful : list of B bool
         Weights whose spectrum spans more than a float64 Gram matrix holds: merge these singly.
+    fallback : str or None
+        Why a solver of ours was left for torch's, where it was, for all of them.
     """
 
     left: torch.Tensor
@@ -32,6 +34,7 @@ class SubspaceBatch:
     ranks: list[list[int]]
     numerical_ranks: list[list[int]]
     doubtful: list[bool]
+    fallback: str | None = None
 
     def subspaces(self, b: int) -> list[Subspace]:
         """Those of one weight, views of the batch."""
@@ -42,6 +45,7 @@ class SubspaceBatch:
                 self.right[b, t, :, :rank],
                 known,
                 "gram-batched",
+                self.fallback,
             )
             for t, (rank, known) in enumerate(
                 zip(self.ranks[b], self.numerical_ranks[b], strict=True)
@@ -73,13 +77,13 @@ def leading_subspaces_batch(
         found = leading_subspaces_batch(deltas.mT, ranks, energy=energy)
         return SubspaceBatch(
             found.right, found.values, found.left,
-            found.ranks, found.numerical_ranks, found.doubtful,
+            found.ranks, found.numerical_ranks, found.doubtful, found.fallback,
         )  # fmt: skip
     most = min(columns, int(ranks.max()))
     wide = deltas.to(torch.float64)
     exponents = torch.frexp(wide.abs().amax(dim=(-2, -1), keepdim=True)).exponent
     wide = _times_powers_of_two(wide, -exponents)  # squares stay inside float64's range
-    squares, vectors = dispatch.eigh(wide.mT @ wide, overwrite=True)
+    squares, vectors, failed = dispatch.eigh(wide.mT @ wide)
     squares, vectors = squares.flip(-1).clamp(min=0.0), vectors[..., columns - most :].flip(-1)
     values = squares.sqrt()
     known = (values > rank_tolerance(rows) * values[..., :1]).sum(-1)
@@ -99,6 +103,7 @@ def leading_subspaces_batch(
         ranks=kept.tolist(),
         numerical_ranks=known.tolist(),
         doubtful=faint.flatten(1).any(1).tolist(),
+        fallback=failed,
     )
 
 
@@ -111,8 +116,9 @@ def spectral_merge_batch(batch: SubspaceBatch, weights: torch.Tensor) -> list[Sp
         Multiply each delta's singular values.
     """
     scale = (batch.values * weights.to(batch.values.device)[..., None]).flatten(1)
-    left, left_range, left_doubtful = _polar_factors(_side_by_side(batch.left))
-    right, right_range, right_doubtful = _polar_factors(_side_by_side(batch.right))
+    left, left_range, left_doubtful, left_failed = _polar_factors(_side_by_side(batch.left))
+    right, right_range, right_doubtful, right_failed = _polar_factors(_side_by_side(batch.right))
+    failed = [why for why in (batch.fallback, left_failed, right_failed) if why]
     # As in `spectral_merge`, the size goes in half on either side.
     halves = torch.frexp(scale.abs().amax(dim=1)).exponent // 2
     left *= _times_powers_of_two(scale, -halves[:, None])[:, None, :]
@@ -127,6 +133,7 @@ def spectral_merge_batch(batch: SubspaceBatch, weights: torch.Tensor) -> list[Sp
             right[b],
             2 * sum(batch.ranks[b]) - in_range[b],
             ("gram-batched", "polar-batched"),
+            tuple(dict.fromkeys(failed)),
         )
         for b in range(len(doubtful))
     ]
@@ -146,12 +153,15 @@ def _side_by_side(bases: torch.Tensor) -> torch.Tensor:
     return bases.permute(0, 2, 1, 3).reshape(count, rows, experts * rank)
 
 
-def _polar_factors(panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """polar(U) on the range of every panel, the range's dimension, and whether it is doubtful."""
-    values, vectors = dispatch.eigh(panels.mT @ panels, overwrite=True)
+def _polar_factors(
+    panels: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str | None]:
+    """polar(U) on the range of every panel, the range's dimension, whether it is doubtful, and why
+    a solver of ours was left."""
+    values, vectors, failed = dispatch.eigh(panels.mT @ panels)
     largest = values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny)
     in_range = values > NULL * NULL * largest
     doubtful = (in_range & (values < PANEL_RANGE * largest)).any(dim=1)
     scale = torch.where(in_range, values, 1.0).rsqrt() * in_range
     factor = panels @ ((vectors * scale[:, None, :]) @ vectors.mT)
-    return factor, in_range.sum(dim=1), doubtful
+    return factor, in_range.sum(dim=1), doubtful, failed

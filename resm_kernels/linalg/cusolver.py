@@ -8,19 +8,22 @@ a solver works on a copy unless `overwrite` lends it the input. Work runs on tor
 of the tensor's device; the host waits once per call, for cuSOLVER's `info`.
 
 Every solver raises `UsageError` (shape, dtype, device, limits of int32),
-`MissingDependencyError` (not available: the reason of `available`) and `SolverError`, a
-`NumericsError` that names the batch entries which hold NaN or Inf or did not converge. Neither NaN
-nor a zero matrix reaches cuSOLVER; a zero matrix has zero values and orthonormal vectors.
+`MissingDependencyError` (not available: the reason of `available`), `torch.OutOfMemoryError` and
+`SolverError`, a `NumericsError` that names the batch entries which hold NaN or Inf or did not
+converge. Neither NaN nor a zero matrix reaches cuSOLVER; a zero matrix has zero values and
+orthonormal vectors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -123,6 +126,19 @@ class Polar:
 
 
 Factors = TypeVar("Factors", SVD, Eigen)
+
+
+def tells_no_memory(text: str) -> bool:
+    """Whether an error's text says that memory ran out: libraries and drivers have no type for it.
+
+    Where a handle cannot be made for lack of it, cuBLAS and cuSOLVER may also say NOT_INITIALIZED
+    or INTERNAL_ERROR; torch's text names the call.
+    """
+    text = text.lower()
+    if "alloc" in text or "out of memory" in text:
+        return True
+    failed = "status_not_initialized" in text or "status_internal_error" in text
+    return failed and "create" in text
 
 
 def available() -> dict[SolverName, str | None]:
@@ -457,26 +473,44 @@ def candidates(cuda: str) -> tuple[list[str], list[str]]:
     return solver, runtime
 
 
-class _PerThread(threading.local):
-    """cuSOLVER handles are not to be shared between threads."""
+class _Solvers(threading.local):
+    """A thread's solvers, since cuSOLVER handles are not to be shared between threads."""
 
-    def __init__(self) -> None:
-        self.solvers: dict[tuple[_cusolver.Library, int], _cusolver.Solver] = {}
+    def __init__(self, every: weakref.WeakSet[_cusolver.Solver], change: threading.Lock) -> None:
+        self._mine: dict[tuple[_cusolver.Library, int], _cusolver.Solver] = {}
+        self._every, self._change = every, change
+
+    def of(self, library: _cusolver.Library, device: torch.device) -> _cusolver.Solver:
+        """The one for a device, which is the current one: its handle and workspace stay."""
+        key = (library, device.index or 0)
+        if key not in self._mine:
+            allocate = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+            made = _extension().Solver(*key, allocate)
+            with self._change:
+                self._every.add(made)
+            self._mine[key] = made
+        return self._mine[key]
+
+    def every(self) -> list[_cusolver.Solver]:
+        """Those of all threads."""
+        with self._change:
+            return list(self._every)
 
 
 @functools.cache
-def _per_thread() -> _PerThread:
-    return _PerThread()
+def _solvers() -> _Solvers:
+    return _Solvers(weakref.WeakSet(), threading.Lock())
 
 
-def _solver(library: _cusolver.Library, device: torch.device) -> _cusolver.Solver:
-    """The solver of this thread and device: its handle and workspace stay."""
-    solvers = _per_thread().solvers
-    key = (library, device.index or 0)
-    if key not in solvers:
-        allocate = functools.partial(torch.empty, dtype=torch.uint8, device=device)
-        solvers[key] = _extension().Solver(*key, allocate)
-    return solvers[key]
+def release() -> None:
+    """Give back the workspace that solvers keep, of all threads, but for those at work."""
+    for solver in _solvers().every():
+        solver.release()
+
+
+def workspace() -> int:
+    """Device bytes of workspace that solvers keep, of all threads."""
+    return sum(solver.device_bytes for solver in _solvers().every())
 
 
 class _Task:
@@ -542,16 +576,17 @@ class _Task:
     def run(self, *outputs: torch.Tensor, before: tuple[int, ...] = ()) -> float:
         """Call the solver and raise what its outcome says; gesvdp's second result, else 0."""
         arrays = [_array(tensor) for tensor in outputs]
-        cuda = self._device.type == "cuda"
-        stream = torch.cuda.current_stream(self._device).cuda_stream if cuda else 0
+        given = (_array(self.matrices), *before, *arrays, _array(self._status))
         error_type: type[Exception] = _extension().CusolverError
         try:
-            solver = _solver(self._library, self._device)
-            call = getattr(solver, self.name)
-            result = call(_array(self.matrices), *before, *arrays, _array(self._status), stream)
+            with _current(self._device) as stream:
+                solver = _solvers().of(self._library, self._device)
+                result = getattr(solver, self.name)(*given, stream)
         except ValueError as error:
             raise UsageError(f"cuSOLVER's {self.name}: {error}") from error
         except error_type as error:
+            if tells_no_memory(str(error)):
+                raise torch.OutOfMemoryError(f"cuSOLVER's {self.name}: {error}") from error
             raise SolverError(
                 f"cuSOLVER's {self.name} failed",
                 got=str(error),
@@ -564,6 +599,19 @@ class _Task:
         if wrong:
             raise _failure(f"cuSOLVER's {self.name}", wrong)
         return float(extra)
+
+
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[int]:
+    """Make a device the current one, and tell its current stream.
+
+    torch makes no context on the device that was current before where there was none.
+    """
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
 
 
 def _dense(batch: torch.Tensor, *, tall: bool, overwrite: bool) -> torch.Tensor:

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from resm_kernels.linalg import cusolver
 from resm_kernels.linalg.crossover import Problem, choose, committed_tables, table_for
+from resm_kernels.linalg.cusolver import SolverError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
+
+class Eigh(NamedTuple):
+    """Eigenvalues, ascending, eigenvectors, and why a solver of ours was left for torch's."""
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+    fallback: str | None = None
+
+
+class Svd(NamedTuple):
+    """U, S and V^T of a thin decomposition, and why a solver of ours was left for torch's."""
+
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+    fallback: str | None = None
+
+
+WORKSPACE = 3
+"""Matrices of the problem's size in the workspace of cuSOLVER's syevd: 3.01 n^2 numbers at
+n = 15,000 (JuliaGPU/CUDA.jl #2413); those of the other solvers are taken for the same."""
 PERTURBATION = 1e-12
 """What gesvdp may add to singular values, over the largest: one of 1e-6 is then right to 1e-6."""
 
@@ -38,21 +60,25 @@ def identity(device: torch.device) -> dict[str, Any] | None:
     }
 
 
-def eigh(matrices: torch.Tensor, *, overwrite: bool = False) -> Pair:
-    """All eigenvalues, ascending, and eigenvectors of symmetric n x n matrices, batched or not.
+def eigh(matrices: torch.Tensor) -> Eigh:
+    """All eigenpairs of symmetric n x n matrices, batched or not; the matrices stay as they are.
 
-    `overwrite`: the matrices are not needed any more.
+    Where a solver of ours fails, torch's has to do; memory that runs out is no such failure.
     """
     *batch, n, _ = matrices.shape
     chosen = backend(_problem("eigh", matrices), matrices.device) if n else "torch"
-    if chosen == "syev_batched":
-        found = cusolver.syev_batched(matrices.reshape(-1, n, n), overwrite=overwrite)
-        return found.values.reshape(*batch, n), found.vectors.reshape(*batch, n, n)
-    if chosen == "syevd" and not batch:
-        found = cusolver.syevd(matrices, overwrite=overwrite)
-        return found.values, found.vectors
+    fallback = None
+    try:
+        if chosen == "syev_batched":
+            found = cusolver.syev_batched(matrices.reshape(-1, n, n))
+            return Eigh(found.values.reshape(*batch, n), found.vectors.reshape(*batch, n, n))
+        if chosen == "syevd" and not batch:
+            found = cusolver.syevd(matrices)
+            return Eigh(found.values, found.vectors)
+    except SolverError as error:
+        fallback = f"{chosen}: {error.got}"
     values, vectors = torch.linalg.eigh(matrices)
-    return values, vectors
+    return Eigh(values, vectors, fallback)
 
 
 def leading_eigh(matrix: torch.Tensor, count: int) -> Pair | None:
@@ -67,17 +93,38 @@ def leading_eigh(matrix: torch.Tensor, count: int) -> Pair | None:
     return found.values, found.vectors
 
 
-def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The thin decomposition of one m x n matrix, as torch.linalg.svd gives it: U, S, V^T.
+def svd(matrix: torch.Tensor) -> Svd:
+    """The thin decomposition of one m x n matrix.
 
-    gesvdp moves the singular values of a matrix of deficient rank; torch's has to do for these.
+    gesvdp moves the singular values of a matrix of deficient rank; torch's has to do for these, as
+    where it fails.
     """
+    fallback = None
     if backend(_problem("svd", matrix), matrix.device) == "gesvdp":
-        found, perturbation = cusolver.gesvdp(matrix)
-        if perturbation <= PERTURBATION * float(found.values[0]):
-            return found.left, found.values, found.right.mT
+        try:
+            found, perturbation = cusolver.gesvdp(matrix)
+            if perturbation <= PERTURBATION * float(found.values[0]):
+                return Svd(found.left, found.values, found.right.mT)
+        except SolverError as error:
+            fallback = f"gesvdp: {error.got}"
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
+    return Svd(left, values, right, fallback)
+
+
+def kept_space(problem: Problem, device: torch.device) -> int:
+    """Bytes that a thread's solver keeps after a problem: `WORKSPACE` times its matrices.
+
+    0 where torch does it, whose workspace goes back to its allocator.
+    """
+    if backend(problem, device) not in cusolver.SOLVERS:
+        return 0
+    itemsize = 8 if problem.dtype == "float64" else 4
+    return WORKSPACE * itemsize * problem.batch * math.prod(problem.shape)
+
+
+def joined(*reasons: str | None) -> str | None:
+    """Reasons for leaving routes, those that there are."""
+    return "; ".join(filter(None, reasons)) or None
 
 
 def _problem(operation: Any, matrices: torch.Tensor, count: int | None = None) -> Problem:

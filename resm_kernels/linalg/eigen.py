@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from resm_kernels.errors import NumericsError
 from resm_kernels.linalg import dispatch
+from resm_kernels.linalg.cusolver import SolverError
 from resm_kernels.linalg.lapack import Tridiagonal
 from resm_kernels.linalg.projector import leading_eigenspace
 from resm_kernels.linalg.tridiagonal import twisted_vectors
@@ -98,14 +98,14 @@ def leading_eigenpairs(
         if space is None:
             reason = "projector: no shift separates the rank"
             found = leading_eigenpairs(matrix, count, floor=floor)
-            return replace(found, fallback="; ".join(filter(None, (reason, found.fallback))))
+            return replace(found, fallback=dispatch.joined(reason, found.fallback))
         values_of = (space * (matrix @ space)).sum(dim=0)
         return Eigenpairs(values_of, space, "projector")
     if not is_partial(matrix.shape[0], count, matrix.device.type):
         try:
             leading = dispatch.leading_eigh(matrix, count)
-        except NumericsError as error:
-            return replace(_full(matrix, count), fallback=f"syevdx: {error.got}")
+        except SolverError as error:
+            return _full(matrix, count, f"syevdx: {error.got}")
         if leading is None:
             return _full(matrix, count)
         return Eigenpairs(leading[0].flip(0), leading[1].flip(1), "syevdx")
@@ -119,7 +119,7 @@ def leading_eigenpairs(
     if not _are_eigenvectors(reduced, wanted, vectors):
         matrix.diagonal().copy_(diagonal)  # the lower triangle is as it was: syevd reads that one
         reason = "partial: eigenvalues too close for twisted factorisations"
-        return replace(_full(matrix, count), fallback=reason)
+        return _full(matrix, count, reason)
     rows = np.ascontiguousarray(vectors.T)
     reduced.back_transform(rows)
     return Eigenpairs(torch.from_numpy(values.copy()), torch.from_numpy(rows).T, "partial")
@@ -130,10 +130,10 @@ def is_partial(n: int, count: int, device: str) -> bool:
     return device == "cpu" and n >= PARTIAL_SIZE and count <= PARTIAL_SHARE * n
 
 
-def _full(matrix: torch.Tensor, count: int) -> Eigenpairs:
-    values, vectors = dispatch.eigh(matrix)
+def _full(matrix: torch.Tensor, count: int, reason: str | None = None) -> Eigenpairs:
+    values, vectors, failed = dispatch.eigh(matrix)
     leading = vectors[:, matrix.shape[0] - count :].flip(1)
-    return Eigenpairs(values.flip(0), leading, "full")
+    return Eigenpairs(values.flip(0), leading, "full", dispatch.joined(reason, failed))
 
 
 def _are_eigenvectors(

@@ -106,8 +106,7 @@ def polar_factor(
         except _Declined as declined:
             reason = f"{backend} polar factor: {declined}"
     factor = _double(torch.cat(list(panels), dim=1).to(torch.float64))
-    reasons = [r for r in (reason, factor.fallback) if r]
-    return replace(factor, fallback="; ".join(reasons) or None)
+    return replace(factor, fallback=dispatch.joined(reason, factor.fallback))
 
 
 class _Declined(Exception):
@@ -116,7 +115,7 @@ class _Declined(Exception):
 
 def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     panel = torch.cat([p.to(torch.float32) for p in panels], dim=1)
-    values, vectors = dispatch.eigh(_cross_gram(panel, panels), overwrite=True)
+    values, vectors, failed = dispatch.eigh(_cross_gram(panel, panels))
     sigma = values.clamp_(min=0.0).sqrt_()
     weak, weakest = (int((sigma < share * sigma[-1]).sum()) for share in (WEAK, WEAKEST))
     if weakest > panel.shape[1] // 4:
@@ -133,7 +132,7 @@ def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     mixing = vectors.T.contiguous()
     del vectors
     if not weak:
-        return PolarFactor(basis, mixing.div_(sigma[:, None]), 0, "polar-mixed")
+        return PolarFactor(basis, mixing.div_(sigma[:, None]), 0, "polar-mixed", failed)
 
     products = basis[:, :weak].T @ basis  # [weak, K]
     sigma[:weak] = products.diagonal().sqrt()
@@ -151,7 +150,7 @@ def _mixed(panels: Sequence[torch.Tensor], tolerance: float) -> PolarFactor:
     mixing.div_(sigma[:, None])
     mixing[:weak] -= weak_rows
     mixing[weak:] -= strong_rows
-    return PolarFactor(basis, mixing, 0, "polar-mixed")
+    return PolarFactor(basis, mixing, 0, "polar-mixed", failed)
 
 
 def _separate_weakest(
@@ -239,17 +238,17 @@ def _estimated_error(sigma: torch.Tensor, weakest: int) -> float:
 
 
 def _double(panel: torch.Tensor) -> PolarFactor:
-    values, vectors = dispatch.eigh(panel.T @ panel, overwrite=True)
+    values, vectors, failed = dispatch.eigh(panel.T @ panel)
     if values.numel() == 0:
         return PolarFactor(panel, vectors, 0, "polar-fp64")
     sigma, backend, largest = values.clamp(min=0.0).sqrt_(), "polar-fp64", float(values[-1])
-    reason = None
     doubtful = (values < PANEL_RANGE * largest) & (values > NULL * NULL * largest)
     if bool(doubtful.any()):
-        _, sigma, rows = dispatch.svd(panel)
+        _, sigma, rows, by_torch = dispatch.svd(panel)
         vectors, backend = rows.T, "polar-svd"
-        reason = "fp64 polar factor: singular values span more than a Gram matrix holds"
+        span = "fp64 polar factor: singular values span more than a Gram matrix holds"
+        failed = dispatch.joined(failed, span, by_torch)
     in_range = sigma > NULL * sigma.max()
     sigma, vectors = sigma[in_range], vectors[:, in_range]
     dropped = panel.shape[1] - sigma.numel()
-    return PolarFactor(panel @ (vectors / sigma), vectors.T, dropped, backend, reason)
+    return PolarFactor(panel @ (vectors / sigma), vectors.T, dropped, backend, failed)

@@ -340,6 +340,7 @@ def _on_streams(
     current = torch.cuda.current_stream(device)
 
     def work(make: Callable[[], Delta], rank: int, stream: torch.cuda.Stream) -> Subspace:
+        torch.cuda.set_device(device)  # a thread of ours, which stays on it
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream), torch.no_grad():
@@ -484,6 +485,8 @@ def _workspace(
     m, n = shape
     longer, p, total = max(m, n), min(m, n), sum(ranks)
     item = 4 if route.subspace == "textbook" else 8
+    # Matrix, vectors and workspace of a whole decomposition: LAPACK's 2 n^2, or cuSOLVER's.
+    whole = 4 if device == "cpu" else 2 + dispatch.WORKSPACE
     held, factoring = 0, 0
     for rank in ranks:
         if route.subspace in ("svd", "textbook"):
@@ -493,7 +496,7 @@ def _workspace(
         elif is_partial(p, rank, device):
             one = 8 * (p * p + max(5 * p * rank, (longer + 2 * p) * rank))
         else:
-            one = 8 * (4 * p * p + longer * rank)
+            one = 8 * (whole * p * p + longer * rank)
         one += itemsize * m * n
         # On a GPU all experts are factored at once, on streams of their own.
         factoring = factoring + one if device != "cpu" else max(factoring, held + one)
@@ -504,7 +507,7 @@ def _workspace(
     kept = item * (m * total + total**2)
     copies = 3 if route.polar == "textbook" else 1
     left, right = (
-        item * max(copies * rows * total + 4 * total**2, 2 * rows * total + 2 * total**2)
+        item * max(copies * rows * total + whole * total**2, 2 * rows * total + 2 * total**2)
         for rows in shape
     )
     joining = kept + item * ((n + m) * total + 2 * total**2)

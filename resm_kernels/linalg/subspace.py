@@ -159,7 +159,8 @@ def leading_subspaces(
     kept = _kept(squares, total, min(pairs.vectors.shape[1], known), energy)
     if kept and float(squares[kept - 1]) < GRAM_RANGE * float(squares[0]):
         reason = "gram: the kept eigenvalues span more than float64 holds"
-        return replace(_by_svd(delta, rank, energy, "svd"), fallback=reason)
+        found = _by_svd(delta, rank, energy, "svd")
+        return replace(found, fallback=dispatch.joined(reason, pairs.fallback, found.fallback))
     values = squares[:kept].sqrt()
     right = pairs.vectors[:, :kept]
     left = torch.empty(rows, kept, dtype=torch.float64, device=delta.device)
@@ -175,8 +176,9 @@ def _by_svd(
 ) -> Subspace:
     if backend == "textbook":
         left, values, right = torch.linalg.svd(delta.to(torch.float32), full_matrices=False)
+        failed = None
     else:
-        left, values, right = dispatch.svd(delta.to(torch.float64))
+        left, values, right, failed = dispatch.svd(delta.to(torch.float64))
     known = numerical_rank(values, max(delta.shape))
     squares = values.square()
     kept = _kept(squares, float(squares.sum()), min(rank, known), energy)
@@ -186,6 +188,7 @@ def _by_svd(
         right=right[:kept].T.contiguous(),
         numerical_rank=known,
         backend=backend,
+        fallback=failed,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from resm_kernels.errors import NumericsError, UsageError
-from resm_kernels.linalg.cusolver import SolverError
+from resm_kernels.linalg.cusolver import tells_no_memory
 from resm_kernels.methods.arithmetic import LINEAR, TASK_ARITHMETIC, mean_of_deltas
 from resm_kernels.methods.averaging import MODEL_STOCK, PASSTHROUGH, SLERP
 from resm_kernels.methods.base import Merged, Method, Option, matches
@@ -143,10 +143,6 @@ def merge_weight(
                 merged = _merge_parts(method, inputs, weights, options, out_dtype, split)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
-    except SolverError as error:
-        raise NumericsError(
-            f"{where}: {error.what}", got=error.got, fix="merge on the CPU"
-        ) from error
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             raise NumericsError(
@@ -167,8 +163,7 @@ def out_of_memory(error: BaseException | None) -> bool:
         return error is not None
     if not isinstance(error, RuntimeError):
         return out_of_memory(error.__cause__)
-    text = str(error).lower()  # libraries and drivers have no type of their own for it
-    return "alloc" in text or "out of memory" in text
+    return tells_no_memory(str(error))
 
 
 def _merge_one(

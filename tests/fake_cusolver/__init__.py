@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -95,6 +97,15 @@ class Fake:
     def gate(self, closed: bool) -> None:
         """While it is closed, Xsyevd waits (20 s at most, then it fails)."""
         self._handle.fake_gate(int(closed))
+
+    @contextlib.contextmanager
+    def current(self, device: int) -> Iterator[None]:
+        """Another device than 0 is the current one of this thread."""
+        self._handle.fake_device(device)
+        try:
+            yield
+        finally:
+            self._handle.fake_device(0)
 
     def live(self) -> int:
         """Handles and parameter objects that exist."""

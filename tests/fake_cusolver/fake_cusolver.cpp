@@ -416,6 +416,7 @@ void fake_gate(int closed) {
   }
   state().opened.notify_all();
 }
+void fake_device(int device) { current_device = device; }
 int fake_live() { return static_cast<int>(state().live.size()); }
 
 cusolverStatus_t cusolverGetProperty(libraryPropertyType property, int* value) {
@@ -689,11 +690,6 @@ cusolverStatus_t cusolverDnXpolar(cusolverDnHandle_t handle, cusolverDnParams_t 
 
 cudaError_t cudaGetDevice(int* device) {
   *device = current_device;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) {
-  record("cudaSetDevice", device);
-  current_device = device;
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind,
