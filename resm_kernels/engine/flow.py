@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -351,16 +352,17 @@ class Run:
     ) -> None:
         shard = target.shards.get(tensor.shard)
         if shard is None:
+            due = functools.partial(self._submit, "finish", self._finish, target, tensor.shard)
             layout = target.plan.layouts[tensor.shard]
-            shard = target.shards[tensor.shard] = ShardFile(target.folder.path, layout)
-        complete = shard.write_pieces(tensor.slot, lane.pieces(merged, done))
+            shard = target.shards[tensor.shard] = ShardFile(target.folder.path, layout, due)
+        shard.write_pieces(tensor.slot, lane.pieces(merged, done))
         self._drop(task)
         if self.progress:
             self.progress.advance(tensor.write_bytes, tensor.name)
-        if complete:
-            self._submit("finish", self._finish, target, tensor.shard, shard)
 
     def _finish(self, target: Target, index: int, shard: ShardFile) -> None:
+        if not shard.check():
+            return
         digest = shard.finish()
         del target.shards[index]
         results = {slot.name: asdict(target.results[slot.name]) for slot in shard.layout.slots}

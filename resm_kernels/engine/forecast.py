@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resm_kernels.checkpoint.writer import CHECK
 from resm_kernels.engine.flow import READERS
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, plan_steps
 from resm_kernels.engine.rates import Pace, Rates
@@ -81,7 +82,7 @@ def forecast(plans: Sequence[MergePlan], rates: Rates) -> Forecast | None:
         overhead,
         cpu / rates.cores,
     )
-    ends = steps[0].read_bytes * rates.read.wall + shards[-1] * rates.finish.wall
+    ends = steps[0].read_bytes * rates.read.wall + min(shards[-1], CHECK) * rates.finish.wall
     return Forecast(read, compute, write, finish, busiest + ends)
 
 
