@@ -19,7 +19,7 @@ from resm_kernels.engine.lanes import PREFETCH, CudaLane, Lane, Mark, StagedLane
 from resm_kernels.engine.ledger import Bid, Ledger
 from resm_kernels.engine.matching import Key
 from resm_kernels.engine.merging import Loaded, merge_planned
-from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step
+from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, host_memory
 from resm_kernels.engine.result import Measures, TensorResult
 from resm_kernels.engine.target import Target
 from resm_kernels.engine.timeline import Timeline
@@ -95,11 +95,11 @@ class Run:
         self.ledger = Ledger()
         self.timeline = Timeline(time.perf_counter())
         self.error: BaseException | None = None
-        self._host = host_lane(self.plan)
+        self._host = host_lane(self.plan, steps)
         self._devices = device_lanes(self.plan)
         self.lanes: tuple[Lane, ...] = (self._host, *self._devices)
         self._change = threading.Condition()
-        self._running: set[Callable[[], None]] = set()
+        self._running: set[threading.Lock] = set()
         self._again: deque[_Task] = deque()
         self._busy = dict.fromkeys(STAGES, 0.0)
         readers = READERS_TO_DEVICES if self._devices else READERS
@@ -175,7 +175,7 @@ class Run:
                     self._note(task, "needs more memory than a device has: merged on the CPU")
                 task.step = task.step.on_host
         step = task.step
-        bids = [Bid(lane.account, step.memory, step.cost) for lane in lanes]
+        bids = [Bid(lane.account, step.held_bytes, step.cost, step.workspace) for lane in lanes]
         taken = self.ledger.acquire(bids)
         if taken is None:
             return False
@@ -201,7 +201,7 @@ class Run:
 
     def _submit(self, pool: str, work: Callable[..., None], *given: object) -> None:
         stage = pool.partition(" ")[0]
-        once = threading.Lock()
+        once = threading.Lock()  # stands for the work: a closure that named itself would be a cycle
 
         def guarded() -> None:
             if not once.acquire(blocking=False):
@@ -216,11 +216,11 @@ class Run:
                 stop = time.perf_counter()
                 track = threading.current_thread().name.removeprefix("resm-").replace("_", " ")
                 self.timeline.add(track, start, stop)
-                self._ended(guarded, stage, stop - start)
+                self._ended(once, stage, stop - start)
 
         try:
             with self._change:
-                self._running.add(guarded)
+                self._running.add(once)
             self._pools[pool].submit(guarded)
         except RuntimeError as error:
             self._fail(ResmError(f"the merge cannot go on: {error}", fix="fewer --workers"))
@@ -229,10 +229,10 @@ class Run:
             self._fail(error)
             guarded()
 
-    def _ended(self, task: Callable[[], None], stage: str, seconds: float) -> None:
+    def _ended(self, work: threading.Lock, stage: str, seconds: float) -> None:
         with self._change:
             self._busy[stage] += seconds
-            self._running.discard(task)
+            self._running.discard(work)
             self._change.notify_all()
 
     def _fail(self, error: BaseException) -> None:
@@ -301,8 +301,9 @@ class Run:
                 )
                 with self._change:
                     task.holders += 1
-                given = (task, lane, target, tensor, merged.tensor, lane.mark())
+                given = (task, lane, target, tensor, [merged.tensor], lane.mark())
                 self._submit("write", self._write, *given)
+        del loaded, found, merged  # before another tensor takes their place
         self._drop(task)
 
     def _merge(
@@ -347,7 +348,7 @@ class Run:
         lane: Lane,
         target: Target,
         tensor: PlannedTensor,
-        merged: torch.Tensor,
+        result: list[torch.Tensor],
         done: Mark,
     ) -> None:
         shard = target.shards.get(tensor.shard)
@@ -355,7 +356,7 @@ class Run:
             due = functools.partial(self._submit, "finish", self._finish, target, tensor.shard)
             layout = target.plan.layouts[tensor.shard]
             shard = target.shards[tensor.shard] = ShardFile(target.folder.path, layout, due)
-        shard.write_pieces(tensor.slot, lane.pieces(merged, done))
+        shard.write_pieces(tensor.slot, lane.pieces(result.pop(), done))
         self._drop(task)
         if self.progress:
             self.progress.advance(tensor.write_bytes, tensor.name)
@@ -369,12 +370,10 @@ class Run:
         target.folder.shard_done(shard.layout.name, digest, shard.digests, results)
 
 
-def host_lane(plan: MergePlan) -> Lane:
+def host_lane(plan: MergePlan, steps: Sequence[Step]) -> Lane:
     """The CPU: for everything, or beside devices for copies and what does not fit them."""
-    cpu = torch.device("cpu")
-    if not plan.has_devices:
-        return Lane("cpu", cpu, plan.workers, plan.memory_budget)
-    return Lane("cpu", cpu, 1, plan.memory_budget - plan.staging)
+    workers = 1 if plan.has_devices else plan.workers
+    return Lane("cpu", torch.device("cpu"), workers, host_memory(steps, plan))
 
 
 def device_lanes(plan: MergePlan) -> list[StagedLane]:

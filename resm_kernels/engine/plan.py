@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from resm_kernels.checkpoint.files import BLOCK
 from resm_kernels.checkpoint.layout import Checkpoint
 from resm_kernels.checkpoint.lora import Adapter
 from resm_kernels.checkpoint.manifest import Part
@@ -30,6 +31,8 @@ CUBLAS_SPACE = 32 << 20
 """Bytes that cuBLAS keeps for each stream of a Hopper card; less on older ones."""
 BYTE_COST = 40.0
 """Operations in whose time a core moves one byte of an element-wise merge."""
+OVERTAKING = 4
+"""Windows of tensors that may pass while a large one is merged, all that a worker gets done."""
 MARGIN = 64 << 20
 """Disk bytes kept free beside the shards, for the small files."""
 
@@ -246,12 +249,17 @@ def _on_host(steps: Sequence[Step], plan: MergePlan) -> list[tuple[Step, int]]:
     return [(step.on_host, 1) for step in steps if step.stays_on_host(plan)]
 
 
-def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
-    """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
+def host_memory(steps: Sequence[Step], plan: MergePlan) -> int:
+    """Most bytes of tensors that the CPU's ledger lets into memory at once."""
     on_host = _on_host(steps, plan)
     workers = on_host[0][1] if on_host else 1
     peak = _peak([step for step, _ in on_host], workers)
-    return min(peak + plan.staging, plan.memory_budget)
+    return min(peak, plan.memory_budget - plan.staging)
+
+
+def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
+    """Predicted most bytes in memory at once, beyond the interpreter itself."""
+    return host_memory(steps, plan) + plan.staging + BLOCK
 
 
 def predicted_device_peak(steps: Sequence[Step], plan: MergePlan) -> int:
@@ -265,15 +273,20 @@ def predicted_device_peak(steps: Sequence[Step], plan: MergePlan) -> int:
 
 
 def _peak(steps: Sequence[Step], workers: int, devices: int = 1) -> int:
-    """Most bytes of the steps that are inside together, the largest of them on one device."""
+    """Most bytes of the steps that are inside together, the largest of them on one device.
+
+    They need not be neighbours: small ones overtake a large one, up to `OVERTAKING` windows.
+    """
     window = workers + PREFETCH
-    peak = 0
-    for start in range(len(steps)):
-        inside = steps[start : start + devices * window]
-        held = sorted((step.held_bytes for step in inside), reverse=True)[:window]
-        busy = sorted((step.workspace for step in inside), reverse=True)[:workers]
-        peak = max(peak, sum(held) + sum(busy))
-    return peak
+    held, busy = [s.held_bytes for s in steps], [s.workspace for s in steps]
+    reach = OVERTAKING * devices * window
+    return max(
+        (
+            sum(sorted(held[i : i + reach])[-window:]) + sum(sorted(busy[i : i + reach])[-workers:])
+            for i in range(max(1, len(steps) - reach + 1))
+        ),
+        default=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -346,7 +359,7 @@ class MergePlan:
 
     @property
     def peak_memory(self) -> int:
-        """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
+        """Predicted most bytes in memory at once, beyond the interpreter itself."""
         return predicted_peak(plan_steps([self]), self)
 
     @property
