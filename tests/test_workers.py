@@ -88,15 +88,15 @@ def test_a_tensor_needs_on_the_cpu_what_was_planned_there(tmp_path: Path, nonfin
 def test_a_factorisation_costs_more_than_a_mean_and_factors_cost_less(tmp_path: Path) -> None:
     state = make_state(shapes={"layers.0.up_proj.weight": (96, 64), "lm_head.weight": (96, 64)})
     base, expert = save(tmp_path / "base", state), save(tmp_path / "e", fine_tuned(state, 1))
-    factors = {"A": make_state(1, shapes={"x": (2, 64)}), "B": make_state(2, shapes={"x": (96, 2)})}
+    pair = {"A": make_state(1, shapes={"x": (2, 64)}), "B": make_state(2, shapes={"x": (96, 2)})}
     prefix = "base_model.model.layers.0.up_proj"
-    tensors = {f"{prefix}.lora_{f}.weight": t["x"].float() for f, t in factors.items()}
+    tensors = {f"{prefix}.lora_{f}.weight": t["x"].float() for f, t in pair.items()}
     adapter = write_adapter(tmp_path / "adapter", tensors, {"r": 2, "lora_alpha": 2})
     dense = {t.name: t.cost for t in resm_kernels.plan(base, [expert, expert]).tensors}
-    mixed = {t.name: t.cost for t in resm_kernels.plan(base, [expert, adapter]).tensors}
+    factors = {t.name: t.cost for t in resm_kernels.plan(base, [adapter, adapter]).tensors}
     simple = {t.name: t.cost for t in resm_kernels.plan(base, [expert, expert], "ties").tensors}
     matrix, head = "layers.0.up_proj.weight", "lm_head.weight"
-    assert dense[matrix] > mixed[matrix] > simple[matrix]
+    assert dense[matrix] > factors[matrix] > simple[matrix]
     assert dense[head] == simple[head] == simple[matrix]
 
 
