@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import resm_kernels
+from resm_kernels import api
 from resm_kernels.checkpoint.files import BLOCK
 from resm_kernels.cli import main
-from resm_kernels.engine import flow, planning
+from resm_kernels.engine import flow, matching, planning
 from resm_kernels.engine.lanes import STAGING
 from resm_kernels.engine.ledger import Account, Bid, Ledger
 from resm_kernels.engine.options import EngineOptions
@@ -189,6 +192,44 @@ def test_whoever_waits_is_woken_by_room_and_by_the_end() -> None:
     ledger.close()
     thread.join(10)
     assert found == [0, None]
+
+
+@pytest.mark.parametrize("method", ["linear", "tsvm"])
+def test_nothing_outlives_its_place_in_the_ledger(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither inputs nor results, and without a search for cycles."""
+    base, experts = save_family(tmp_path)
+    made = resm_kernels.plan(base, experts, method, workers=2)
+    held: dict[str, list[Any]] = {tensor.name: [] for tensor in made.tensors}
+    read, merge, release = matching.read_tensor, flow.merge_planned, Ledger.release
+    most: list[int] = []
+
+    def reading(file: Any, info: Any, *place: Any) -> Any:
+        tensor = read(file, info, *place)
+        held[info.name].append(weakref.ref(tensor))
+        return tensor
+
+    def merging(plan: Any, tensor: Any, loaded: Any) -> Any:
+        merged, measures = merge(plan, tensor, loaded)
+        held[tensor.name].append(weakref.ref(merged.tensor))
+        return merged, measures
+
+    def releasing(ledger: Ledger, bid: Bid) -> None:
+        alive = sum(any(one() is not None for one in known) for known in held.values())
+        most.append(alive - bid.account.inside + 1)
+        release(ledger, bid)
+
+    monkeypatch.setattr(matching, "read_tensor", reading)
+    monkeypatch.setattr(flow, "merge_planned", merging)
+    monkeypatch.setattr(Ledger, "release", releasing)
+    gc.disable()
+    try:
+        api.execute(made, tmp_path / "out")
+    finally:
+        gc.enable()
+    assert len(most) == len(made.tensors)
+    assert max(most) <= 0
 
 
 def test_small_tensors_that_overtake_a_large_one_are_planned(tmp_path: Path) -> None:
