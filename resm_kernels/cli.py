@@ -292,28 +292,17 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from rich.console import Console
 
     from resm_kernels import api
-    from resm_kernels.engine.forecast import forecast
-    from resm_kernels.report.tables import machine_facts, plan_table, report_table
+    from resm_kernels.report.tables import machine_dict, machine_facts, plan_table, report_table
 
     executor = _executor(options)
     made = api.plan(**_what(options), **_how(options), executor=executor)
     if options.dry_run:
         with _rehearsal([made], options) as (space, rates):
             if options.json:
-                expected = rates and forecast([made], rates)
-                _print_json(
-                    {
-                        **made.to_dict(),
-                        "disk_bytes": space[0],
-                        "free_disk_bytes": space[1],
-                        "predicted_seconds": expected and asdict(expected),
-                    }
-                )
+                _print_json({**made.to_dict(), **machine_dict([made], space, rates)})
             else:
                 Console().print(plan_table(made, machine_facts([made], space, rates)))
         return 0
@@ -329,7 +318,13 @@ def _sweep(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from resm_kernels import api
-    from resm_kernels.report.tables import machine_facts, plan_table, sweep_facts, sweep_table
+    from resm_kernels.report.tables import (
+        machine_dict,
+        machine_facts,
+        plan_table,
+        sweep_facts,
+        sweep_table,
+    )
 
     methods = _listed("--method", options.method, "names such as resm,tsvm")
     lambdas = [*map(_number, _listed("--lambda", options.lambda_, NUMBERS))]
@@ -343,7 +338,8 @@ def _sweep(options: argparse.Namespace) -> int:
         plans = [*made.values()]
         with _rehearsal(plans, options) as (space, rates):
             if options.json:
-                _print_json({name: plan.to_dict() for name, plan in made.items()})
+                outputs = {name: plan.to_dict() for name, plan in made.items()}
+                _print_json({"outputs": outputs, **machine_dict(plans, space, rates)})
             else:
                 together = sweep_facts(plans, machine_facts(plans, space, rates))
                 Console().print(*map(plan_table, plans), together, sep="\n")

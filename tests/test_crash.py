@@ -185,6 +185,7 @@ STAGES = {
     "read": (matching, "read_tensor"),
     "compute": (flow, "merge_planned"),
     "write": (writer.ShardFile, "write_pieces"),
+    "check": (writer.ShardFile, "check"),
     "finish": (writer.ShardFile, "finish"),
     "journal": (OutputFolder, "shard_done"),
     "companions": (target, "companion_files"),

@@ -20,7 +20,7 @@ from resm_kernels.api import plan_sweep
 from resm_kernels.checkpoint.files import seal
 from resm_kernels.cli import main
 from resm_kernels.engine import rates as module
-from resm_kernels.engine.forecast import forecast, tensor_work
+from resm_kernels.engine.forecast import forecast
 from resm_kernels.engine.plan import MergePlan
 from resm_kernels.engine.rates import (
     ELEMENT_WISE,
@@ -103,11 +103,11 @@ def test_factoring_takes_its_operations_over_their_rates(tmp_path: Path) -> None
     plan = planned(save_family(tmp_path), "tsvm")
     factored = [tensor for tensor in plan.tensors if tensor.rule == "tsvm"]
     assert len(factored) == 4
-    assert all(tensor_work(t) == Work() for t in plan.tensors if t not in factored)
+    assert all(t.work == Work() for t in plan.tensors if t not in factored)
     rates = Work(1e3, 2e3, 3e3, 4e3, 5e3, 6e3, 7e3)
     found = forecast([plan], made_up(work=rates))
     assert found is not None
-    assert found.compute == pytest.approx(sum(tensor_work(t).seconds(rates) for t in factored))
+    assert found.compute == pytest.approx(sum(t.work.seconds(rates) for t in factored))
     assert found.wall == pytest.approx(found.compute / 2)
     one = forecast([planned(save_family(tmp_path / "b"), "tsvm", workers=1)], made_up(work=rates))
     assert one is not None
@@ -123,7 +123,7 @@ def work(folder: Path, method: str, **parameters: Any) -> float:
             save(folder / name, state)
     models = folder / "base", [folder / "a"] * 3
     (tensor,) = resm_kernels.plan(*models, method, parameters=parameters).tensors
-    return sum(dataclasses.astuple(tensor_work(tensor)))
+    return sum(dataclasses.astuple(tensor.work))
 
 
 def test_methods_differ_in_their_operations(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_adapters_are_merged_in_their_core(method: str, tmp_path: Path) -> None:
     (tensor,) = plan.tensors
     assert tensor.factor_ranks is not None
     dense = work(tmp_path / "m", method)
-    assert 0 < sum(dataclasses.astuple(tensor_work(tensor))) < 0.2 * dense
+    assert 0 < sum(dataclasses.astuple(tensor.work)) < 0.2 * dense
 
 
 def test_a_fused_weight_is_the_sum_of_its_matrices(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_fused_weight_is_the_sum_of_its_matrices(tmp_path: Path) -> None:
         tensors = resm_kernels.plan(folders[0], folders[1:], "tsvm").tensors
         total = Work()
         for tensor in tensors:
-            total += tensor_work(tensor)
+            total += tensor.work
         amounts.append(total)
     assert amounts[0] == amounts[1] != Work()
 
@@ -280,7 +280,14 @@ def test_what_a_dry_run_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert found["predicted_seconds"]["wall"] == pytest.approx(180.0)
     assert found["predicted_seconds"].keys() == {"read", "compute", "write", "finish", "wall"}
     assert found["disk_bytes"] == found["write_bytes"] + (64 << 20)
-    assert main(["sweep", *words[1:], "--lambda", "0.5,1"]) == 0
+    sweep = ["sweep", *words[1:], "--lambda", "0.5,1"]
+    assert main([*sweep, "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert both.keys() - {"outputs"} < found.keys()
+    assert both["predicted_seconds"]["wall"] == pytest.approx(360.0)
+    assert both["write_bytes"] == 2 * found["write_bytes"] == both["disk_bytes"] - (64 << 20)
+    assert both["read_bytes"] == found["read_bytes"]
+    assert main(sweep) == 0
     assert "time about 6 min" in " ".join(capsys.readouterr().out.split())
     assert main(["doctor"]) == 0
     assert "2026-01-01" in capsys.readouterr().out

@@ -301,7 +301,7 @@ def test_what_a_device_cannot_hold_at_all_is_merged_on_the_cpu(
     assert model_files(tmp_path / "out") == whole
     assert lane.trims >= len(fails)
     assert sum(done) == 0
-    assert lane.account.used == lane.account.inside == 0
+    assert lane.account.used() == lane.account.inside == 0
 
 
 EXECUTE = api.execute

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import resm_kernels
+from resm_kernels.methods import METHODS
 from tests.checkpoints import State, fine_tuned, make_state, save
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 32_000, 640, 1792, 12
@@ -104,6 +105,41 @@ print(json.dumps([report.peak_memory, report.predicted_memory]))
 """
 
 
+EVERY = """
+import json, shutil, sys, resm_kernels
+from resm_kernels.methods import METHODS
+folder, found = sys.argv[1], {}
+for name, method in METHODS.items():
+    experts = [f"{folder}/e{t}" for t in range(3)][: method.experts[1]]
+    parameters = {"density": 0.5} if "density" in method.specs else {}
+    report = resm_kernels.merge(
+        f"{folder}/base", experts, f"{folder}/out", name, parameters=parameters, workers=2)
+    shutil.rmtree(f"{folder}/out")
+    found[name] = report.peak_memory, report.predicted_memory
+print(json.dumps(found))
+"""
+
+
+def test_no_method_holds_more_than_was_planned(tmp_path: Path) -> None:
+    """A table of 34 MB that smaller weights overtake, some factored; parts of malloc included."""
+    shapes = {"model.embed_tokens.weight": (16_000, 1024)}
+    for layer in range(8):
+        for name, width in {"k_proj": 768, "down_proj": 768, "up_proj": 1280}.items():
+            part = "bias" if layer else "weight"
+            prefix = f"model.layers.{layer}.{name}"
+            shapes[f"{prefix}.{part}"] = (width * 768,) if part == "bias" else (width, 768)
+    base = {name: value.mul_(0.02) for name, value in make_state(shapes=shapes).items()}
+    save(tmp_path / "base", base)
+    for t in range(3):
+        save(tmp_path / f"e{t}", fine_tuned(base, t + 1, 0.001))
+    command = [sys.executable, "-c", EVERY, str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found.keys() == METHODS.keys()
+    assert not {name: peaks for name, peaks in found.items() if peaks[0] > peaks[1]}
+    assert max(peak / predicted for peak, predicted in found.values()) > 0.7
+
+
 @pytest.mark.parametrize("hidden", [512])
 def test_peak_memory_is_flat_in_the_number_of_layers(hidden: int, tmp_path: Path) -> None:
     """Resident memory that is not mapped files, above the level before the merge."""
@@ -114,5 +150,5 @@ def test_peak_memory_is_flat_in_the_number_of_layers(hidden: int, tmp_path: Path
         command = [sys.executable, "-c", MEASURE, str(folder)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[layers], predicted = json.loads(done.stdout)
-        assert peaks[layers] <= 1.1 * predicted
+        assert peaks[layers] <= predicted
     assert abs(peaks[16] - peaks[4]) < 0.1 * peaks[4], peaks

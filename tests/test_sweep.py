@@ -210,7 +210,7 @@ def test_the_command(
     given = ["--base", str(base), *(a for e in experts for a in ("--expert", str(e)))]
     out = str(tmp_path / "out")
     assert main(["sweep", *given, "--lambda", "0.5,1", "--dry-run", "--json", out]) == 0
-    assert list(json.loads(capsys.readouterr().out)) == ["lambda-0.5", "lambda-1"]
+    assert list(json.loads(capsys.readouterr().out)["outputs"]) == ["lambda-0.5", "lambda-1"]
     assert main(["sweep", *given, "--lambda", "0.5,1", "--dry-run", out]) == 0
     assert "together     2 outputs" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

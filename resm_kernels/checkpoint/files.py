@@ -7,15 +7,18 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from resm_kernels.errors import OutputError, VerificationError
 
 PIECE = 16 << 20
 """Bytes asked of the file system at once."""
+BLOCK = 2 << 20
+"""Bytes written or read and hashed at once, while a cache holds them; no page is larger."""
 SEAL = "sha256"
 MAX_SEALED = 256 << 20
 """Longest manifest, report or journal that is read: far above a line for each tensor."""
@@ -34,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading; OSError where it is a folder, a pipe or a device.
 
     Buffered, since only then does `read(n)` go on until it has n bytes or the file ends.
@@ -86,31 +89,54 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def hash_ranges(path: Path, ranges: list[tuple[int, int]]) -> tuple[str, list[str]]:
+class RangeHash:
+    """SHA-256 of a stream and of ascending, disjoint byte ranges of it.
+
+    Attributes
+    ----------
+    position : int
+        Bytes of the stream so far.
+    parts : list of str
+        Digests of the ranges that lie wholly before it.
+    """
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.position = 0
+        self.parts: list[str] = []
+        self._ranges = ranges
+        self._whole, self._part = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, block: memoryview) -> None:
+        """Take in the next bytes."""
+        start = self.position
+        self.position += len(block)
+        self._whole.update(block)
+        while len(self.parts) < len(self._ranges):
+            first, stop = self._ranges[len(self.parts)]
+            self._part.update(block[max(first - start, 0) : max(stop - start, 0)])
+            if self.position < stop:
+                return
+            self._close()
+
+    def end(self) -> str:
+        """End the ranges that the stream did not reach; the digest of the whole stream."""
+        while len(self.parts) < len(self._ranges):
+            self._close()
+        return self._whole.hexdigest()
+
+    def _close(self) -> None:
+        self.parts.append(self._part.hexdigest())
+        self._part = hashlib.sha256()
+
+
+def hash_ranges(path: Path, ranges: Sequence[tuple[int, int]]) -> tuple[str, list[str]]:
     """SHA-256 of a whole file and of ascending, disjoint byte ranges of it, in one reading."""
-    whole = hashlib.sha256()
-    digests = []
+    found = RangeHash(ranges)
+    buffer = memoryview(bytearray(BLOCK))
     with open_regular(path) as file:
-        position = 0
-
-        def feed(stop: int | None, part: Any) -> None:
-            nonlocal position
-            while stop is None or position < stop:
-                piece = file.read(PIECE if stop is None else min(PIECE, stop - position))
-                if not piece:
-                    return
-                whole.update(piece)
-                if part is not None:
-                    part.update(piece)
-                position += len(piece)
-
-        for start, stop in ranges:
-            feed(start, None)
-            part = hashlib.sha256()
-            feed(stop, part)
-            digests.append(part.hexdigest())
-        feed(None, None)
-    return whole.hexdigest(), digests
+        while count := file.readinto(buffer):
+            found.update(buffer[:count])
+    return found.end(), found.parts
 
 
 def canonical_json(value: object) -> bytes:

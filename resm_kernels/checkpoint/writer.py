@@ -8,7 +8,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import torch
 
 from resm_kernels.checkpoint.dtypes import DType
 from resm_kernels.checkpoint.files import (
+    BLOCK,
+    RangeHash,
     create,
-    hash_ranges,
     sync_folder,
     write_all,
     writing,
@@ -25,6 +26,8 @@ from resm_kernels.checkpoint.files import (
 from resm_kernels.errors import OutputError
 
 METADATA = {"format": "pt"}
+CHECK = 64 << 20
+"""Bytes of a shard that are worth a sync of their own: on a disk, some hundredths of a second."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +110,46 @@ def _lay_out_shard(
 class ShardFile:
     """One shard on its way to disk; tensors may arrive in any order, from any thread.
 
-    The file grows as `NAME.tmp`, with `attempt` before the dot where several processes may try;
-    `finish` makes it durable, reads it back, compares every tensor with the digest of what was in
-    memory, and only then gives it its name.
+    The file grows as `NAME.tmp`. What is complete from its start on can be checked while the rest
+    is still written: made durable, read back, and compared with the digests of what was in memory.
+    Only a file that was checked whole gets its name.
+
+    Parameters
+    ----------
+    folder : Path
+    layout : ShardLayout
+    due : callable, optional
+        Called from a writing or the checking thread when `CHECK` bytes can be checked, or the last
+        ones, and not again before `check` was called.
+    attempt : str
+        Where several processes may try: the file grows as `NAMEATTEMPT.tmp`.
+
+    Attributes
+    ----------
+    digests : dict
+        SHA-256 of every tensor written so far.
     """
 
-    def __init__(self, folder: Path, layout: ShardLayout, attempt: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: ShardLayout,
+        due: Callable[[ShardFile], None] | None = None,
+        attempt: str = "",
+    ) -> None:
         self.layout = layout
         self.digests: dict[str, str] = {}
+        self._due = due
         self._path = folder / layout.name
         self._temporary = folder / f"{layout.name}{attempt}.tmp"
         self._lock = threading.Lock()
+        self._first = 0  # slot that is not complete
+        self._begun: dict[str, int] = {}  # bytes of such slots, from their start on
+        self._announced = False
+        self._header = hashlib.sha256(layout.header).hexdigest()
+        ranges = [(0, len(layout.header)), *((s.start, s.stop) for s in layout.slots)]
+        self._found = RangeHash(ranges)
+        self._compared = 0  # of the ranges
         with writing(self._path):
             self._descriptor = create(self._temporary, os.O_TRUNC)
             try:
@@ -128,55 +160,133 @@ class ShardFile:
                 os.close(self._descriptor)
                 raise
 
-    def write(self, slot: Slot, tensor: torch.Tensor) -> bool:
-        """Write one tensor at its offset; True when it was the last one missing."""
-        return self.write_pieces(slot, [tensor_bytes(tensor)])
+    def write(self, slot: Slot, tensor: torch.Tensor) -> None:
+        """Write one tensor at its offset."""
+        self.write_pieces(slot, [tensor_bytes(tensor)])
 
-    def write_pieces(self, slot: Slot, pieces: Iterable[memoryview]) -> bool:
-        """Write one tensor's bytes, piece after piece; True when it was the last one missing."""
+    def write_pieces(self, slot: Slot, pieces: Iterable[memoryview]) -> None:
+        """Write one tensor's bytes, piece after piece."""
         whole, done, size = hashlib.sha256(), 0, slot.stop - slot.start
         for piece in pieces:
-            if done + len(piece) <= size:
-                with writing(self._path):
-                    write_all(self._descriptor, piece, slot.start + done)
-                whole.update(piece)
-            done += len(piece)
+            for start in range(0, len(piece), BLOCK):
+                block = piece[start : start + BLOCK]
+                if done + len(block) <= size:
+                    with writing(self._path):
+                        write_all(self._descriptor, block, slot.start + done)
+                    whole.update(block)
+                done += len(block)
+                if done < size:
+                    self._advance(slot, done)
         if done != size:
             raise OutputError(
                 f"{self._path}: tensor {slot.name!r} does not fit its place",
                 got=f"{done} bytes",
                 expected=f"{size}",
             )
+        self._advance(slot, done, whole.hexdigest())
+
+    def check(self) -> bool:
+        """Sync, read back and compare what is complete and was not; True once that is all.
+
+        By one thread at a time.
+
+        Raises
+        ------
+        OutputError
+            Naming the tensor whose bytes are not what was written.
+        """
         with self._lock:
-            self.digests[slot.name] = whole.hexdigest()
-            return len(self.digests) == len(self.layout.slots)
+            stop = self._reach()
+            if self._first < len(self.layout.slots):
+                stop -= stop % BLOCK  # no page that the next write makes dirty again
+        if stop > self._found.position:
+            with writing(self._path):
+                os.fsync(self._descriptor)
+                self._read_back(stop)
+        self._compare()
+        if self._compared > len(self.layout.slots):
+            return True
+        with self._lock:
+            self._announced = False
+        self._announce()
+        return False
 
     def finish(self) -> str:
-        """Make the shard durable, verify it, name it; returns the SHA-256 of the file."""
+        """Check what is left and name the shard; returns the SHA-256 of the file."""
+        if not self.check():
+            missing = [slot.name for slot in self.layout.slots if slot.name not in self.digests]
+            raise OutputError(f"{self._path}: {len(missing)} tensors are missing: {missing[:3]}")
         with writing(self._path):
-            os.fsync(self._descriptor)
-            if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
-                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             self.close()
-            digest, parts = hash_ranges(
-                self._temporary, [(s.start, s.stop) for s in self.layout.slots]
-            )
-            for slot, part in zip(self.layout.slots, parts, strict=True):
-                if part != self.digests[slot.name]:
-                    raise OutputError(
-                        f"{self._path}: tensor {slot.name!r} read back differs from what was "
-                        "written: the disk, its driver or the memory is faulty"
-                    )
             os.rename(self._temporary, self._path)
             sync_folder(self._path.parent)
-        return digest
+        return self._found.end()
 
     def close(self) -> None:
         """Let go of the file; harmless when called again."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            with contextlib.suppress(OSError):  # what counts was synced, and is read back
+            with contextlib.suppress(OSError):  # what counts was synced and read back
                 os.close(descriptor)
+
+    def _advance(self, slot: Slot, done: int, digest: str | None = None) -> None:
+        """Note how much of a tensor is written, and its digest once it is all."""
+        with self._lock:
+            self._begun[slot.name] = done
+            if digest is not None:
+                self.digests[slot.name] = digest
+                del self._begun[slot.name]
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell that a check is due, once."""
+        with self._lock:
+            waiting = self._reach() - self._found.position
+            whole = self._first == len(self.layout.slots)
+            if self._due is None or self._announced or not (whole or waiting >= CHECK):
+                return
+            self._announced = True
+        self._due(self)
+
+    def _reach(self) -> int:
+        """Where the first byte may be missing; with the lock held."""
+        slots = self.layout.slots
+        while self._first < len(slots) and slots[self._first].name in self.digests:
+            self._first += 1
+        if self._first == len(slots):
+            return self.layout.size
+        slot = slots[self._first]
+        return slot.start + self._begun.get(slot.name, 0)
+
+    def _read_back(self, stop: int) -> None:
+        """Hash the file from where that ended on."""
+        found, buffer = self._found, memoryview(bytearray(BLOCK))
+        if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
+            length = stop - found.position
+            os.posix_fadvise(self._descriptor, found.position, length, os.POSIX_FADV_DONTNEED)
+        while left := stop - found.position:
+            count = os.preadv(self._descriptor, [buffer[:left]], found.position)
+            if not count:
+                self._compare()
+                raise self._differs(len(found.parts))
+            found.update(buffer[:count])
+
+    def _compare(self) -> None:
+        """Compare the ranges that were read back since the last time."""
+        slots, parts = self.layout.slots, self._found.parts
+        for i in range(self._compared, len(parts)):
+            if i and slots[i - 1].name not in self.digests:  # an empty one, still to come
+                return
+            if parts[i] != (self.digests[slots[i - 1].name] if i else self._header):
+                raise self._differs(i)
+            self._compared = i + 1
+
+    def _differs(self, i: int) -> OutputError:
+        what = f"tensor {self.layout.slots[i - 1].name!r}" if i else "the header"
+        return OutputError(
+            f"{self._path}: {what} read back differs from what was written: "
+            "the disk, its driver or the memory is faulty"
+        )
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -43,7 +43,7 @@ class LocalExecutor:
     def run(self, targets: Sequence[Target], progress: Progress | None) -> Usage:
         """One pass over the inputs for all targets."""
         steps = plan_steps([target.plan for target in targets])
-        run = Run(targets[0].plan, targets, progress)
+        run = Run(targets[0].plan, steps, targets, progress)
         run.feed(lacking_parts(targets, steps))
         run.close()
         return watched(run, steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from resm_kernels.engine.lanes import PREFETCH, CudaLane, Lane, Mark, StagedLane
 from resm_kernels.engine.ledger import Bid, Ledger
 from resm_kernels.engine.matching import Key
 from resm_kernels.engine.merging import Loaded, merge_planned
-from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step
+from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, host_memory
 from resm_kernels.engine.result import Measures, TensorResult
 from resm_kernels.engine.timeline import Timeline
 from resm_kernels.errors import PlanError, ResmError
@@ -54,7 +55,7 @@ class Sink(Protocol):
     def lacks(self, tensor: PlannedTensor) -> bool:
         """Whether the tensor is still to be merged."""
 
-    def begin(self, index: int) -> ShardFile:
+    def begin(self, index: int, due: Callable[[ShardFile], None]) -> ShardFile:
         """The file of a shard, for its first tensor."""
 
     def done(self, shard: ShardFile, sha256: str) -> None:
@@ -104,18 +105,24 @@ class Run:
         The CPU first, then the devices.
     """
 
-    def __init__(self, plan: MergePlan, sinks: Sequence[Sink], progress: Progress | None) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        steps: Sequence[Step],
+        sinks: Sequence[Sink],
+        progress: Progress | None,
+    ) -> None:
         self.plan = plan
         self.sinks = sinks
         self.progress = progress
         self.ledger = Ledger()
         self.timeline = Timeline(time.perf_counter())
         self.error: BaseException | None = None
-        self._host = host_lane(plan)
+        self._host = host_lane(plan, steps)
         self._devices = device_lanes(plan)
         self.lanes: tuple[Lane, ...] = (self._host, *self._devices)
         self._change = threading.Condition()
-        self._running: set[Callable[[], None]] = set()
+        self._running: set[threading.Lock] = set()
         self._queue: deque[_Task] = deque()
         self._again: deque[_Task] = deque()
         self._closed = False
@@ -200,7 +207,7 @@ class Run:
                     self._note(task, "needs more memory than a device has: merged on the CPU")
                 task.step = task.step.on_host
         step = task.step
-        bids = [Bid(lane.account, step.memory, step.cost) for lane in lanes]
+        bids = [Bid(lane.account, step.held_bytes, step.cost, step.workspace) for lane in lanes]
         taken = self.ledger.acquire(bids)
         if taken is None:
             return False
@@ -228,7 +235,7 @@ class Run:
 
     def _submit(self, pool: str, work: Callable[..., None], *given: object) -> None:
         stage = pool.partition(" ")[0]
-        once = threading.Lock()
+        once = threading.Lock()  # stands for the work: a closure that named itself would be a cycle
 
         def guarded() -> None:
             if not once.acquire(blocking=False):
@@ -243,11 +250,11 @@ class Run:
                 stop = time.perf_counter()
                 track = threading.current_thread().name.removeprefix("resm-").replace("_", " ")
                 self.timeline.add(track, start, stop)
-                self._ended(guarded, stage, stop - start)
+                self._ended(once, stage, stop - start)
 
         try:
             with self._change:
-                self._running.add(guarded)
+                self._running.add(once)
             self._pools[pool].submit(guarded)
         except RuntimeError as error:
             self._fail(ResmError(f"the merge cannot go on: {error}", fix="fewer --workers"))
@@ -256,10 +263,10 @@ class Run:
             self._fail(error)
             guarded()
 
-    def _ended(self, task: Callable[[], None], stage: str, seconds: float) -> None:
+    def _ended(self, work: threading.Lock, stage: str, seconds: float) -> None:
         with self._change:
             self._busy[stage] += seconds
-            self._running.discard(task)
+            self._running.discard(work)
             self._change.notify_all()
 
     def _fail(self, error: BaseException) -> None:
@@ -329,8 +336,9 @@ class Run:
                 )
                 with self._change:
                     task.holders += 1
-                given = (task, lane, sink, tensor, merged.tensor, lane.mark())
+                given = (task, lane, sink, tensor, [merged.tensor], lane.mark())
                 self._submit("write", self._write, *given)
+        del loaded, found, merged  # before another tensor takes their place
         self._drop(task)
 
     def _merge(
@@ -374,31 +382,30 @@ class Run:
         lane: Lane,
         sink: Sink,
         tensor: PlannedTensor,
-        merged: torch.Tensor,
+        result: list[torch.Tensor],
         done: Mark,
     ) -> None:
         shard = sink.shards.get(tensor.shard)
         if shard is None:
-            shard = sink.shards[tensor.shard] = sink.begin(tensor.shard)
-        complete = shard.write_pieces(tensor.slot, lane.pieces(merged, done))
+            due = functools.partial(self._submit, "finish", self._finish, sink, tensor.shard)
+            shard = sink.shards[tensor.shard] = sink.begin(tensor.shard, due)
+        shard.write_pieces(tensor.slot, lane.pieces(result.pop(), done))
         self._drop(task)
         if self.progress:
             self.progress.advance(tensor.write_bytes, tensor.name)
-        if complete:
-            self._submit("finish", self._finish, sink, tensor.shard, shard)
 
     def _finish(self, sink: Sink, index: int, shard: ShardFile) -> None:
+        if not shard.check():
+            return
         digest = shard.finish()
         del sink.shards[index]
         sink.done(shard, digest)
 
 
-def host_lane(plan: MergePlan) -> Lane:
+def host_lane(plan: MergePlan, steps: Sequence[Step]) -> Lane:
     """The CPU: for everything, or beside devices for copies and what does not fit them."""
-    cpu = torch.device("cpu")
-    if not plan.has_devices:
-        return Lane("cpu", cpu, plan.workers, plan.memory_budget)
-    return Lane("cpu", cpu, 1, plan.memory_budget - plan.staging)
+    workers = 1 if plan.has_devices else plan.workers
+    return Lane("cpu", torch.device("cpu"), workers, host_memory(steps, plan))
 
 
 def device_lanes(plan: MergePlan) -> list[StagedLane]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resm_kernels.checkpoint.writer import CHECK
 from resm_kernels.engine.flow import READERS
-from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, plan_steps
+from resm_kernels.engine.plan import MergePlan, plan_steps
 from resm_kernels.engine.rates import Pace, Rates
-from resm_kernels.linalg import Work
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,7 @@ def forecast(plans: Sequence[MergePlan], rates: Rates) -> Forecast | None:
     steps = plan_steps(plans)
     shards = [layout.size for plan in plans for layout in plan.layouts]
     read_bytes, write_bytes = sum(step.read_bytes for step in steps), sum(shards)
-    known: dict[tuple[object, ...], float] = {}
-    each = []
-    for step in steps:
-        kind = tuple(map(_kind, step.tensors))
-        if kind not in known:
-            known[kind] = step_seconds(step, rates)
-        each.append(known[kind])
+    each = [step.seconds(rates.work, rates.entries) for step in steps]
     workers, compute = plans[0].workers, sum(each)
     overhead = rates.tensor_seconds * len(steps) * len(plans)
     moved = ((rates.read, read_bytes), (rates.write, write_bytes), (rates.finish, write_bytes))
@@ -81,53 +74,8 @@ def forecast(plans: Sequence[MergePlan], rates: Rates) -> Forecast | None:
         overhead,
         cpu / rates.cores,
     )
-    ends = steps[0].read_bytes * rates.read.wall + shards[-1] * rates.finish.wall
+    ends = steps[0].read_bytes * rates.read.wall + min(shards[-1], CHECK) * rates.finish.wall
     return Forecast(read, compute, write, finish, busiest + ends)
 
 
-def _kind(tensor: PlannedTensor) -> tuple[object, ...]:
-    """What the time of a tensor depends on."""
-    ranks = tensor.factor_ranks
-    return (
-        tensor.rule,
-        tensor.method.name,
-        tensor.options,
-        tensor.slot.shape,
-        tensor.split and tuple(part.shape for part in tensor.split.parts),
-        len(tensor.experts),
-        ranks and tuple(ranks),
-        any(source.wide for source in tensor.sources),
-    )
-
-
-def step_seconds(step: Step, rates: Rates) -> float:
-    """Seconds of one worker for one weight, for all its outputs."""
-    passes = sum(_pass_seconds(tensor, rates) for tensor in step.tensors)
-    return passes + sum(work.seconds(rates.work) for work in {*map(tensor_work, step.tensors)})
-
-
-def tensor_work(tensor: PlannedTensor) -> Work:
-    """Floating-point operations that merging a tensor takes, none for element-wise methods."""
-    method = tensor.method
-    if tensor.rule != method.name or method.work is None:
-        return Work()
-    itemsize = 8 if any(source.wide for source in tensor.sources) else 4
-    shapes = [part.shape for part in tensor.split.parts] if tensor.split else [tensor.slot.shape]
-    ranks = tensor.factor_ranks
-    found = {
-        shape: method.work(shape, len(tensor.experts), ranks, itemsize, tensor.options, "cpu")
-        for shape in {*shapes}
-    }
-    total = Work()
-    for shape in shapes:
-        total += found[shape]
-    return total
-
-
-def _pass_seconds(tensor: PlannedTensor, rates: Rates) -> float:
-    """Seconds of the passes over the entries of a tensor; spectral methods make some too."""
-    entries = math.prod(tensor.slot.shape) * max(1, len(tensor.experts))
-    return entries / rates.entries.get(tensor.rule, rates.entries["task_arithmetic"])
-
-
-__all__ = ["Forecast", "Pace", "Rates", "forecast", "step_seconds", "tensor_work"]
+__all__ = ["Forecast", "Pace", "Rates", "forecast"]

@@ -59,7 +59,7 @@ class Lane:
         self.name = name
         self.device = device
         self.workers = workers
-        self.account = Account(budget, workers + PREFETCH)
+        self.account = Account(budget, workers + PREFETCH, workers)
         self._limit = workers
         self._busy = 0
         self._change = threading.Condition()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -17,33 +17,59 @@ class Account:
         Most bytes at once; one tensor alone is always admitted.
     window : int
         Most tensors at once.
-    used, most : int
-        Bytes admitted now, and at most so far.
-    inside : int
-        Tensors admitted now.
+    workers : int
+        Most of them that are merged at once, and hold a workspace.
+    held, most : int
+        Bytes of inputs and outputs admitted now; bytes in use at most so far.
+    workspaces : list of int
+        Bytes that each of the admitted tensors needs while it is merged.
     load : float
         Their predicted cost.
     """
 
     budget: int
     window: int
-    used: int = 0
+    workers: int = 1
+    held: int = 0
     most: int = 0
-    inside: int = 0
+    workspaces: list[int] = field(default_factory=list)
     load: float = 0.0
 
-    def fits(self, amount: int) -> bool:
-        """Whether there is room for one more tensor of so many bytes."""
-        return self.inside < self.window and (not self.inside or self.used + amount <= self.budget)
+    @property
+    def inside(self) -> int:
+        """Tensors admitted now."""
+        return len(self.workspaces)
+
+    def used(self, *more: int) -> int:
+        """Most bytes in use at once by what is admitted, and by one of this workspace."""
+        return self.held + sum(sorted((*self.workspaces, *more))[-self.workers :])
+
+    def fits(self, bid: Bid) -> bool:
+        """Whether there is room for one more."""
+        if not self.inside:
+            return True
+        full = self.inside >= self.window
+        return not full and self.used(bid.workspace) + bid.held <= self.budget
 
 
 @dataclass(frozen=True)
 class Bid:
-    """What one tensor would take of one account, in bytes and in predicted cost."""
+    """What one tensor would take of one account.
+
+    Attributes
+    ----------
+    held : int
+        Bytes from reading to writing.
+    cost : float
+        Predicted.
+    workspace : int
+        Bytes beside them while it is merged.
+    """
 
     account: Account
-    amount: int
+    held: int
     cost: float
+    workspace: int = 0
 
 
 class Ledger:
@@ -61,13 +87,13 @@ class Ledger:
         """
         with self._change:
             while not self._closed:
-                fitting = [i for i, bid in enumerate(bids) if bid.account.fits(bid.amount)]
+                fitting = [i for i, bid in enumerate(bids) if bid.account.fits(bid)]
                 if fitting:
                     taken = min(fitting, key=lambda i: (bids[i].account.load, i))
                     bid, account = bids[taken], bids[taken].account
-                    account.used += bid.amount
-                    account.most = max(account.most, account.used)
-                    account.inside += 1
+                    account.held += bid.held
+                    account.workspaces.append(bid.workspace)
+                    account.most = max(account.most, account.used())
                     account.load += bid.cost
                     return taken
                 self._change.wait()
@@ -76,8 +102,8 @@ class Ledger:
     def release(self, bid: Bid) -> None:
         """Give back what was taken."""
         with self._change:
-            bid.account.used -= bid.amount
-            bid.account.inside -= 1
+            bid.account.held -= bid.held
+            bid.account.workspaces.remove(bid.workspace)
             bid.account.load = max(0.0, bid.account.load - bid.cost) if bid.account.inside else 0.0
             self._change.notify_all()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from resm_kernels.checkpoint.files import BLOCK
 from resm_kernels.checkpoint.layout import Checkpoint
 from resm_kernels.checkpoint.lora import Adapter
 from resm_kernels.checkpoint.manifest import Part
@@ -21,9 +22,9 @@ from resm_kernels.checkpoint.writer import ShardLayout, Slot
 from resm_kernels.engine.lanes import PREFETCH, STAGING
 from resm_kernels.engine.matching import FactorSource, Source
 from resm_kernels.engine.options import EngineOptions
-from resm_kernels.engine.workspace import Workspaces, factor_ranks
+from resm_kernels.engine.workspace import Needs, factor_ranks
 from resm_kernels.errors import PlanError
-from resm_kernels.linalg import dispatch
+from resm_kernels.linalg import Work, dispatch
 from resm_kernels.linalg.crossover import Problem
 from resm_kernels.methods import Method, Split
 from resm_kernels.methods.matrices import matrix_shapes
@@ -31,8 +32,13 @@ from resm_kernels.recipe import Recipe
 
 CUBLAS_SPACE = 32 << 20
 """Bytes that cuBLAS keeps for each stream of a Hopper card; less on older ones."""
-BYTE_COST = 40.0
-"""Operations in whose time a core moves one byte of an element-wise merge."""
+NOMINAL_WORK = Work(4e10, 8e10, 2e10, 3e10, 5e10, 7e10, 5e10)
+"""Operations per second of a core, by kind (measured once, on an EPYC): plans share work out by
+them, so that they do not depend on the machine."""
+NOMINAL_ENTRIES: Mapping[str, float] = {"task_arithmetic": 5e8}
+"""Entries of experts per second of a core, likewise."""
+OVERTAKING = 4
+"""Windows of tensors that may pass while a large one is merged, all that a worker gets done."""
 MARGIN = 64 << 20
 """Disk bytes kept free beside the shards, for the small files."""
 
@@ -71,6 +77,8 @@ class PlannedTensor:
         The user's weights and the method's options for this tensor.
     workspace : int
         Bytes that merging may hold beyond inputs and output.
+    work : Work
+        Floating-point operations of merging it on the CPU; none for element-wise methods.
     """
 
     rule: str
@@ -90,6 +98,7 @@ class PlannedTensor:
     weights: tuple[float, ...]
     options: Any
     workspace: int
+    work: Work
 
     @property
     def name(self) -> str:
@@ -128,15 +137,8 @@ class PlannedTensor:
 
     @property
     def cost(self) -> float:
-        """Predicted work, in operations of a factorisation."""
-        moved = BYTE_COST * (self.read_bytes + self.write_bytes)
-        if self.reason is not None or not self.method.by_matrix or not self.experts:
-            return moved
-        ranks = [s.pair.rank if isinstance(s, FactorSource) else math.inf for s in self.experts]
-        shapes = [part.shape for part in self.split.parts] if self.split else [self.slot.shape]
-        return moved + sum(
-            8.0 * math.prod(shape) * min(*shape, rank) for shape in shapes for rank in ranks
-        )
+        """Predicted seconds of a core, at nominal rates."""
+        return self.step.cost
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,29 @@ class Step:
         """Most bytes that this step needs at once."""
         return self.held_bytes + self.workspace
 
-    @property
+    @functools.cached_property
     def cost(self) -> float:
-        """Predicted work; outputs share factorisations, hence that of the dearest."""
-        return max(tensor.cost for tensor in self.tensors)
+        """Predicted seconds of a core, at nominal rates."""
+        return self.seconds(NOMINAL_WORK, NOMINAL_ENTRIES)
+
+    def seconds(self, work: Work, entries: Mapping[str, float]) -> float:
+        """Predicted seconds of a worker, for all outputs.
+
+        Parameters
+        ----------
+        work : Work
+            Operations per second of each kind; outputs that need the same ones share them.
+        entries : mapping
+            Entries of experts per second by method, those of `task_arithmetic` for any other:
+            spectral methods make passes too.
+        """
+        passes = sum(
+            math.prod(tensor.slot.shape)
+            * max(1, len(tensor.experts))
+            / entries.get(tensor.rule, entries["task_arithmetic"])
+            for tensor in self.tensors
+        )
+        return passes + sum(each.seconds(work) for each in {tensor.work for tensor in self.tensors})
 
     @functools.cached_property
     def on_host(self) -> Step:
@@ -249,12 +270,17 @@ def _on_host(steps: Sequence[Step], plan: MergePlan) -> list[tuple[Step, int]]:
     return [(step.on_host, 1) for step in steps if step.stays_on_host(plan)]
 
 
-def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
-    """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
+def host_memory(steps: Sequence[Step], plan: MergePlan) -> int:
+    """Most bytes of tensors that the CPU's ledger lets into memory at once."""
     on_host = _on_host(steps, plan)
     workers = on_host[0][1] if on_host else 1
     peak = _peak([step for step, _ in on_host], workers)
-    return min(peak + plan.staging, plan.memory_budget)
+    return min(peak, plan.memory_budget - plan.staging)
+
+
+def predicted_peak(steps: Sequence[Step], plan: MergePlan) -> int:
+    """Predicted most bytes in memory at once, beyond the interpreter itself."""
+    return host_memory(steps, plan) + plan.staging + BLOCK
 
 
 def predicted_device_peak(steps: Sequence[Step], plan: MergePlan) -> int:
@@ -291,15 +317,20 @@ def _solver_space(steps: Sequence[Step], device: torch.device) -> int:
 
 
 def _peak(steps: Sequence[Step], workers: int, devices: int = 1) -> int:
-    """Most bytes of the steps that are inside together, the largest of them on one device."""
+    """Most bytes of the steps that are inside together, the largest of them on one device.
+
+    They need not be neighbours: small ones overtake a large one, up to `OVERTAKING` windows.
+    """
     window = workers + PREFETCH
-    peak = 0
-    for start in range(len(steps)):
-        inside = steps[start : start + devices * window]
-        held = sorted((step.held_bytes for step in inside), reverse=True)[:window]
-        busy = sorted((step.workspace for step in inside), reverse=True)[:workers]
-        peak = max(peak, sum(held) + sum(busy))
-    return peak
+    held, busy = [s.held_bytes for s in steps], [s.workspace for s in steps]
+    reach = OVERTAKING * devices * window
+    return max(
+        (
+            sum(sorted(held[i : i + reach])[-window:]) + sum(sorted(busy[i : i + reach])[-workers:])
+            for i in range(max(1, len(steps) - reach + 1))
+        ),
+        default=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -375,7 +406,7 @@ class MergePlan:
 
     @property
     def peak_memory(self) -> int:
-        """Predicted most bytes of tensors in memory at once, beyond the interpreter itself."""
+        """Predicted most bytes in memory at once, beyond the interpreter itself."""
         return predicted_peak(plan_steps([self]), self)
 
     @property
@@ -440,7 +471,7 @@ class MergePlan:
 
 def workspace_of(tensor: PlannedTensor, device: str) -> int:
     """Bytes beyond inputs and output that merging a planned tensor may hold on a device type."""
-    return Workspaces(device).of(
+    return Needs(device).workspace(
         tensor.slot.shape,
         (tensor.base, *tensor.experts),
         method=None if tensor.reason else tensor.method,

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,9 @@ class _Sink:
         """Whether the tensor's shard was not finished at the start."""
         return self.plan.layouts[tensor.shard].name in self._lacking
 
-    def begin(self, index: int) -> ShardFile:
+    def begin(self, index: int, due: Callable[[ShardFile], None]) -> ShardFile:
         """A file that no other worker writes."""
-        return ShardFile(self._folder, self.plan.layouts[index], self._attempt)
+        return ShardFile(self._folder, self.plan.layouts[index], due, self._attempt)
 
     def done(self, shard: ShardFile, sha256: str) -> None:
         """Keep what the journal must say."""
@@ -217,7 +217,7 @@ class Worker:
         steps = plan_steps(plans)
         for parts in lacking_parts(sinks, steps):
             self._work.setdefault(parts[0][1].shard, []).append(parts)
-        self._run = Run(plans[0], sinks, self._tally)
+        self._run = Run(plans[0], steps, sinks, self._tally)
         self._thread = threading.Thread(target=self._carry_out, args=(steps,), name="resm-run")
         self._thread.start()
         return plans[0].workers

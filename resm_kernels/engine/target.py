@@ -78,9 +78,9 @@ class Target:
         """Whether the tensor's shard is not finished yet."""
         return self.plan.layouts[tensor.shard].name not in self.folder.kept
 
-    def begin(self, index: int) -> ShardFile:
+    def begin(self, index: int, due: Callable[[ShardFile], None]) -> ShardFile:
         """The file of a shard, for its first tensor."""
-        return ShardFile(self.folder.path, self.plan.layouts[index])
+        return ShardFile(self.folder.path, self.plan.layouts[index], due)
 
     def done(self, shard: ShardFile, sha256: str) -> None:
         """Journal a shard that is durable under its final name."""

@@ -1,4 +1,4 @@
-"""Bytes that merging a tensor holds beside its inputs and its output."""
+"""What merging a tensor takes: bytes beside its inputs and its output, and operations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from resm_kernels.engine.matching import FactorSource, Source
+from resm_kernels.linalg import Work
 from resm_kernels.methods import Method, Split
 from resm_kernels.methods.arithmetic import chunk_workspace
 from resm_kernels.methods.matrices import matrix_shapes
@@ -25,14 +26,16 @@ def factor_ranks(
     return ranks if len(ranks) == len(experts) else None
 
 
-class Workspaces:
-    """Bytes that merging holds on a device type; what many tensors share is worked out once."""
+class Needs:
+    """What merging takes on a device type; what many tensors share is worked out once."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._known: dict[tuple[object, ...], int] = {}
+        self._works: dict[tuple[object, ...], Work] = {}
+        self._none = Work()
 
-    def of(
+    def workspace(
         self,
         shape: tuple[int, ...],
         sources: Sequence[Source | FactorSource],
@@ -77,6 +80,31 @@ class Workspaces:
         if masked:  # copies without NaN and Inf, and where they were
             workspace += sum(source.nbytes for source in sources) + (experts + 3) * size
         return workspace
+
+    def work(
+        self,
+        shape: tuple[int, ...],
+        sources: Sequence[Source | FactorSource],
+        *,
+        method: Method[Any] | None,
+        settings: Any,
+        split: Split | None,
+    ) -> Work:
+        """Operations of merging one tensor on the CPU, at the highest rank; as for `workspace`."""
+        experts = len(sources) - 1
+        if method is None or method.work is None or not experts:
+            return self._none
+        ranks = factor_ranks(sources[0], sources[1:])
+        itemsize = 8 if any(source.wide for source in sources) else 4
+        shapes = [part.shape for part in split.parts] if split else [shape]
+        known = method.name, *shapes, experts, ranks and tuple(ranks), itemsize, settings
+        if known not in self._works:
+            each = {
+                one: method.work(one, experts, ranks, itemsize, settings, "cpu")
+                for one in {*shapes}
+            }
+            self._works[known] = sum((each[one] for one in shapes), self._none)
+        return self._works[known]
 
     def _of_matrices(
         self,

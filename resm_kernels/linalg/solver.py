@@ -110,8 +110,8 @@ class Work:
 
     def seconds(self, rates: Work) -> float:
         """Predicted time at `rates`, in operations per second."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(rates), strict=True)
-        return float(sum(work / rate for work, rate in pairs if work))
+        pairs = zip(vars(self).values(), vars(rates).values(), strict=True)
+        return sum((work / rate for work, rate in pairs if work), 0.0)
 
 
 @dataclass(frozen=True)

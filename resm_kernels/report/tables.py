@@ -80,6 +80,22 @@ def machine_facts(
     return facts
 
 
+def machine_dict(
+    plans: Sequence[MergePlan], space: tuple[int, int], rates: Rates | None
+) -> dict[str, Any]:
+    """What merges of one reading need of this machine, as plain data for `--dry-run --json`."""
+    expected = None if rates is None else forecast(plans, rates)
+    steps = plan_steps(plans)
+    return {
+        "read_bytes": sum(step.read_bytes for step in steps),
+        "write_bytes": sum(plan.write_bytes for plan in plans),
+        "peak_memory_bytes": predicted_peak(steps, plans[0]),
+        "disk_bytes": space[0],
+        "free_disk_bytes": space[1],
+        "predicted_seconds": expected and asdict(expected),
+    }
+
+
 def sweep_facts(
     plans: Sequence[MergePlan], facts: Mapping[str, str] | None = None
 ) -> RenderableType:
