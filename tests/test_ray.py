@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ import resm_kernels
 from resm_kernels import api
 from resm_kernels.checkpoint.journal import JOURNAL, OutputFolder
 from resm_kernels.checkpoint.manifest import verify_folder
+from resm_kernels.checkpoint.writer import ShardFile
 from resm_kernels.cli import main
 from resm_kernels.engine.executor import LocalExecutor, lacking_parts
 from resm_kernels.engine.options import EngineOptions
@@ -405,12 +407,11 @@ def test_a_worker_merges_what_it_is_given(job: tuple[Job, Path], local: dict[str
 
 
 def test_two_workers_on_one_shard_do_not_disturb_each_other(
-    job: tuple[Job, Path], local: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    job: tuple[Job, Path], local: dict[str, bytes]
 ) -> None:
-    """As when one was given up and still writes."""
+    """As when one was given up and still writes; in two containers, names and ids may be equal."""
     first, second = Worker(os.getcwd(), 1), Worker(os.getcwd(), 1)
     first.start(job[0], 1)
-    monkeypatch.setattr(socket, "gethostname", lambda: "another")
     second.start(job[0], 1)
     first.turn([1], False)
     found = merged_by(second, [1])
@@ -420,6 +421,49 @@ def test_two_workers_on_one_shard_do_not_disturb_each_other(
     second.stop()
     assert (job[1] / name).read_bytes() == local[name]
     assert [shard.index for shard in found] == [1]
+
+
+def test_a_worker_that_fails_tells_first_what_it_finished(
+    job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the driver can journal it, and warnings are heard."""
+    worker = Worker(os.getcwd(), 1)
+    worker.start(job[0], 1)
+    original = ShardFile.finish
+
+    def failing(self: ShardFile) -> str:
+        if self.layout.name == made[1]:
+            logging.getLogger("resm_kernels").warning("it went wrong")
+            raise ResmError("the second shard cannot be finished")
+        return original(self)
+
+    made = sorted(job[0].lacking[0])
+    monkeypatch.setattr(ShardFile, "finish", failing)
+    for index in (0, 1):
+        worker._run.feed(worker._work.pop(index))
+    assert worker._thread is not None
+    worker._thread.join(60)
+    turn = worker.turn([], True)
+    assert [done.index for done in turn.finished] == [0]
+    assert "it went wrong" in [text for _, text in turn.said]
+    with pytest.raises(ResmError, match="the second shard"):
+        worker.turn([], True)
+
+
+def test_a_worker_that_was_given_up_spares_another_merge(job: tuple[Job, Path]) -> None:
+    """Its folder was removed, and a merge of another plan begun under that name."""
+    worker = Worker(os.getcwd(), 1)
+    worker.start(job[0], 1)
+    shutil.rmtree(job[1])
+    other = OutputFolder(job[1].with_suffix(""), "another plan")
+    try:
+        with pytest.raises(OutputError, match="belongs to another merge"):
+            merged_by(worker, [1])
+        assert [path.name for path in job[1].iterdir()] == [JOURNAL]
+        with pytest.raises(OutputError, match="belongs to another merge"):
+            Worker(os.getcwd(), 1).start(job[0], 1)
+    finally:
+        other.close()
 
 
 def test_a_worker_that_plans_otherwise_is_refused(job: tuple[Job, Path]) -> None:
