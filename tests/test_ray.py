@@ -298,6 +298,85 @@ def test_errors_are_those_of_a_local_merge(
         resm_kernels.merge(base, experts, tmp_path / "out", executor="ray", device="cuda")
 
 
+def test_other_errors_of_workers_are_one_line(cluster: Cluster) -> None:
+    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+    def broken() -> None:
+        raise TypeError("a mistake")
+
+    with pytest.raises(ResmError) as caught:
+        driver._result(broken.remote())
+    assert caught.value.got == "TypeError('a mistake')"
+
+
+def test_planning_without_room_says_so(
+    cluster: Cluster,
+    family: Family,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    over = ray.remote(threading.Event).options(num_cpus=1)
+    holders = [over.remote() for _ in range(2)]
+    ray.get([holder.is_set.remote() for holder in holders])
+    monkeypatch.setattr(driver, "PATIENCE", 0.5)
+    threading.Timer(3, lambda: [ray.kill(holder) for holder in holders]).start()
+    made = RayExecutor().make_plans([api.plan(*family).recipe], EngineOptions())
+    assert len(made) == 1
+    assert "no worker yet: the cluster's machines have not 1 CPUs free" in caplog.text
+    monkeypatch.setattr(driver, "__version__", "0.0")
+    with pytest.raises(PlanError, match="another version"):
+        driver._check_versions(made)
+
+
+HEADLESS = """
+import logging, os, sys, time
+import psutil, ray
+from ray.cluster_utils import Cluster
+import resm_kernels
+from resm_kernels.engine import ray as driver
+from resm_kernels.errors import ResmError
+
+base, output, size, *experts = sys.argv[1:]
+made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+ray.init(made.address, log_to_driver=False, logging_level=logging.ERROR)
+driver.PATIENCE, driver.LOOK = 2.0, 0.5
+original = driver._Driver._hear
+
+def hear(self, member, turn):
+    original(self, member, turn)
+    if member.finished and made.head_node.all_processes.get("gcs_server"):
+        made.head_node.kill_gcs_server(check_alive=False)
+        driver._Driver._listen = lambda self: time.sleep(0.1)  # the rest would be done too soon
+
+driver._Driver._hear = hear
+try:
+    resm_kernels.merge(base, experts, output, shard_size=size, executor="ray")
+except ResmError as error:
+    print(error, flush=True)
+for process in psutil.Process().children(recursive=True):
+    process.kill()
+os._exit(0)
+"""
+
+
+def test_a_dead_head_ends_the_merge(
+    family: Family, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    """With a word of ours: Ray itself ends the process, and not soon."""
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", HEADLESS, str(family[0]), str(output), SIZE]
+    done = subprocess.run(
+        [*command, *map(str, family[1])],
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert "the head of the Ray cluster does not answer" in done.stdout
+    report = resm_kernels.merge(*family, output, shard_size=SIZE, resume=True)
+    assert report.kept_shards >= 1
+    assert model_files(output) == local
+
+
 def test_warnings_of_workers_are_heard(
     cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -556,8 +635,9 @@ def test_without_ray_the_command_says_what_to_install(family: Family, tmp_path: 
     done = subprocess.run(command, capture_output=True, text=True)
     assert "pip install 'resm-kernels[ray]'" in done.stderr
     assert done.returncode
-    with pytest.raises(UsageError, match="dask"):
-        resm_kernels.merge(*family, tmp_path / "out", executor="dask")
+    for wrong in ("dask", None, LocalExecutor):
+        with pytest.raises(UsageError, match=r"expected: local, ray"):
+            resm_kernels.merge(*family, tmp_path / "out", executor=wrong)  # type: ignore[arg-type]
     assert isinstance(api.find_executor("local"), LocalExecutor)
     assert torch.get_num_threads() > 0
 

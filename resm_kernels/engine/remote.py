@@ -220,7 +220,9 @@ class Worker:
         for parts in lacking_parts(sinks, steps):
             self._work.setdefault(parts[0][1].shard, []).append(parts)
         self._run = Run(plans[0], sinks, self._tally)
-        self._thread = threading.Thread(target=self._carry_out, args=(steps,), name="resm-run", daemon=True)
+        self._thread = threading.Thread(
+            target=self._carry_out, args=(steps,), name="resm-run", daemon=True
+        )
         self._thread.start()
         return plans[0].workers
 
