@@ -13,9 +13,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -31,7 +33,7 @@ from resm_kernels.cli import main
 from resm_kernels.engine.executor import LocalExecutor, lacking_parts
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.engine.plan import plan_steps
-from resm_kernels.engine.remote import Finished, Job, Worker
+from resm_kernels.engine.remote import Finished, Job, Turn, Worker
 from resm_kernels.errors import (
     CheckpointError,
     NonFiniteError,
@@ -500,6 +502,25 @@ def test_two_workers_on_one_shard_do_not_disturb_each_other(
     second.stop()
     assert (job[1] / name).read_bytes() == local[name]
     assert [shard.index for shard in found] == [1]
+
+
+def test_a_shard_is_done_when_its_worker_has_all_outputs(tmp_path: Path) -> None:
+    """Also where a lost worker finished one of them before: its bytes are told to the end."""
+    kept: list[str] = []
+    folder = SimpleNamespace(kept=kept, shard_done=lambda name, *_: kept.append(name))
+    plan = SimpleNamespace(layouts=[SimpleNamespace(name="one")])
+    made = object.__new__(driver._Driver)
+    made._targets = [SimpleNamespace(plan=plan, folder=folder)] * 2  # type: ignore[list-item]
+    made._progress = progress = Bytes()
+    made._left, made._bytes = {0: {0, 1}}, Counter({0: 10})
+    member = driver._Member(None, None, "again", holds={0: {0, 1}})
+    turn = Turn((Finished(1, 0, "", {}, {}),), 6, "", False, ())
+    made._hear(member, turn)
+    assert 0 in made._left
+    made._hear(member, replace(turn, finished=(Finished(0, 0, "", {}, {}),), count=4))
+    assert (kept, made._left, member.holds, member.told) == (["one"], {}, {}, 0)
+    assert progress.done == 10
+    assert member.finished == 1
 
 
 def test_a_worker_that_fails_tells_first_what_it_finished(

@@ -392,7 +392,7 @@ class _Driver:
         self._members.remove(member)
         self._lost.append(member)
         member.state = "lost"
-        self._attempts.update(member.holds)
+        self._attempts.update(member.holds.keys())
         self._queue.extendleft(reversed([*member.holds]))
         if self._progress and member.told:
             self._progress.advance(-member.told, "")
