@@ -200,6 +200,14 @@ def test_a_machine_that_joins_is_used(
         count = 2 if joined else 1
         return replace(found, fitting=dict([*found.fitting.items()][:count]))
 
+    give, end = driver._Driver._give, time.monotonic() + 60
+
+    def waiting(self: driver._Driver, member: driver._Member, hungry: bool) -> None:
+        """The first one pauses until the second, whose process takes seconds to start, is there."""
+        alone = member.finished and len([m for m in self._members if m.state == "merging"]) < 2
+        give(self, member, hungry and not (alone and time.monotonic() < end))
+
+    monkeypatch.setattr(driver._Driver, "_give", waiting)
     monkeypatch.setattr(RayExecutor, "share", growing)
     monkeypatch.setattr(driver, "LOOK", 0.1)
     report = resm_kernels.merge(*family, output, shard_size=SIZE, executor="ray")
