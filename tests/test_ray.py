@@ -6,15 +6,18 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,11 +28,12 @@ import resm_kernels
 from resm_kernels import api
 from resm_kernels.checkpoint.journal import JOURNAL, OutputFolder
 from resm_kernels.checkpoint.manifest import verify_folder
+from resm_kernels.checkpoint.writer import ShardFile
 from resm_kernels.cli import main
 from resm_kernels.engine.executor import LocalExecutor, lacking_parts
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.engine.plan import plan_steps
-from resm_kernels.engine.remote import Finished, Job, Worker
+from resm_kernels.engine.remote import Finished, Job, Turn, Worker
 from resm_kernels.errors import (
     CheckpointError,
     NonFiniteError,
@@ -196,6 +200,14 @@ def test_a_machine_that_joins_is_used(
         count = 2 if joined else 1
         return replace(found, fitting=dict([*found.fitting.items()][:count]))
 
+    give, end = driver._Driver._give, time.monotonic() + 60
+
+    def waiting(self: driver._Driver, member: driver._Member, hungry: bool) -> None:
+        """The first one pauses until the second, whose process takes seconds to start, is there."""
+        alone = member.finished and len([m for m in self._members if m.state == "merging"]) < 2
+        give(self, member, hungry and not (alone and time.monotonic() < end))
+
+    monkeypatch.setattr(driver._Driver, "_give", waiting)
     monkeypatch.setattr(RayExecutor, "share", growing)
     monkeypatch.setattr(driver, "LOOK", 0.1)
     report = resm_kernels.merge(*family, output, shard_size=SIZE, executor="ray")
@@ -294,6 +306,85 @@ def test_errors_are_those_of_a_local_merge(
         resm_kernels.merge(base, experts, tmp_path / "out", executor=RayExecutor(cpus=64))
     with pytest.raises(ResmError, match="no machine of the Ray cluster has room"):
         resm_kernels.merge(base, experts, tmp_path / "out", executor="ray", device="cuda")
+
+
+def test_other_errors_of_workers_are_one_line(cluster: Cluster) -> None:
+    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+    def broken() -> None:
+        raise TypeError("a mistake")
+
+    with pytest.raises(ResmError) as caught:
+        driver._result(broken.remote())
+    assert caught.value.got == "TypeError('a mistake')"
+
+
+def test_planning_without_room_says_so(
+    cluster: Cluster,
+    family: Family,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    over = ray.remote(threading.Event).options(num_cpus=1)
+    holders = [over.remote() for _ in range(2)]
+    ray.get([holder.is_set.remote() for holder in holders])
+    monkeypatch.setattr(driver, "PATIENCE", 0.5)
+    threading.Timer(3, lambda: [ray.kill(holder) for holder in holders]).start()
+    made = RayExecutor().make_plans([api.plan(*family).recipe], EngineOptions())
+    assert len(made) == 1
+    assert "no worker yet: the cluster's machines have not 1 CPUs free" in caplog.text
+    monkeypatch.setattr(driver, "__version__", "0.0")
+    with pytest.raises(PlanError, match="another version"):
+        driver._check_versions(made)
+
+
+HEADLESS = """
+import logging, os, sys, time
+import psutil, ray
+from ray.cluster_utils import Cluster
+import resm_kernels
+from resm_kernels.engine import ray as driver
+from resm_kernels.errors import ResmError
+
+base, output, size, *experts = sys.argv[1:]
+made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+ray.init(made.address, log_to_driver=False, logging_level=logging.ERROR)
+driver.PATIENCE, driver.LOOK = 2.0, 0.5
+original = driver._Driver._hear
+
+def hear(self, member, turn):
+    original(self, member, turn)
+    if member.finished and made.head_node.all_processes.get("gcs_server"):
+        made.head_node.kill_gcs_server(check_alive=False)
+        driver._Driver._listen = lambda self: time.sleep(0.1)  # the rest would be done too soon
+
+driver._Driver._hear = hear
+try:
+    resm_kernels.merge(base, experts, output, shard_size=size, executor="ray")
+except ResmError as error:
+    print(error, flush=True)
+for process in psutil.Process().children(recursive=True):
+    process.kill()
+os._exit(0)
+"""
+
+
+def test_a_dead_head_ends_the_merge(
+    family: Family, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    """With a word of ours: Ray itself ends the process, and not soon."""
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", HEADLESS, str(family[0]), str(output), SIZE]
+    done = subprocess.run(
+        [*command, *map(str, family[1])],
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert "the head of the Ray cluster does not answer" in done.stdout
+    report = resm_kernels.merge(*family, output, shard_size=SIZE, resume=True)
+    assert report.kept_shards >= 1
+    assert model_files(output) == local
 
 
 def test_warnings_of_workers_are_heard(
@@ -405,12 +496,11 @@ def test_a_worker_merges_what_it_is_given(job: tuple[Job, Path], local: dict[str
 
 
 def test_two_workers_on_one_shard_do_not_disturb_each_other(
-    job: tuple[Job, Path], local: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    job: tuple[Job, Path], local: dict[str, bytes]
 ) -> None:
-    """As when one was given up and still writes."""
+    """As when one was given up and still writes; in two containers, names and ids may be equal."""
     first, second = Worker(os.getcwd(), 1), Worker(os.getcwd(), 1)
     first.start(job[0], 1)
-    monkeypatch.setattr(socket, "gethostname", lambda: "another")
     second.start(job[0], 1)
     first.turn([1], False)
     found = merged_by(second, [1])
@@ -420,6 +510,68 @@ def test_two_workers_on_one_shard_do_not_disturb_each_other(
     second.stop()
     assert (job[1] / name).read_bytes() == local[name]
     assert [shard.index for shard in found] == [1]
+
+
+def test_a_shard_is_done_when_its_worker_has_all_outputs(tmp_path: Path) -> None:
+    """Also where a lost worker finished one of them before: its bytes are told to the end."""
+    kept: list[str] = []
+    folder = SimpleNamespace(kept=kept, shard_done=lambda name, *_: kept.append(name))
+    plan = SimpleNamespace(layouts=[SimpleNamespace(name="one")])
+    made = object.__new__(driver._Driver)
+    made._targets = [SimpleNamespace(plan=plan, folder=folder)] * 2  # type: ignore[list-item]
+    made._progress = progress = Bytes()
+    made._left, made._bytes = {0: {0, 1}}, Counter({0: 10})
+    member = driver._Member(None, None, "again", holds={0: {0, 1}})
+    turn = Turn((Finished(1, 0, "", {}, {}),), 6, "", False, ())
+    made._hear(member, turn)
+    assert 0 in made._left
+    made._hear(member, replace(turn, finished=(Finished(0, 0, "", {}, {}),), count=4))
+    assert (kept, made._left, member.holds, member.told) == (["one"], {}, {}, 0)
+    assert progress.done == 10
+    assert member.finished == 1
+
+
+def test_a_worker_that_fails_tells_first_what_it_finished(
+    job: tuple[Job, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the driver can journal it, and warnings are heard."""
+    worker = Worker(os.getcwd(), 1)
+    worker.start(job[0], 1)
+    original = ShardFile.finish
+
+    def failing(self: ShardFile) -> str:
+        if self.layout.name == made[1]:
+            logging.getLogger("resm_kernels").warning("it went wrong")
+            raise ResmError("the second shard cannot be finished")
+        return original(self)
+
+    made = sorted(job[0].lacking[0])
+    monkeypatch.setattr(ShardFile, "finish", failing)
+    for index in (0, 1):
+        worker._run.feed(worker._work.pop(index))
+    assert worker._thread is not None
+    worker._thread.join(60)
+    turn = worker.turn([], True)
+    assert [done.index for done in turn.finished] == [0]
+    assert "it went wrong" in [text for _, text in turn.said]
+    with pytest.raises(ResmError, match="the second shard"):
+        worker.turn([], True)
+
+
+def test_a_worker_that_was_given_up_spares_another_merge(job: tuple[Job, Path]) -> None:
+    """Its folder was removed, and a merge of another plan begun under that name."""
+    worker = Worker(os.getcwd(), 1)
+    worker.start(job[0], 1)
+    shutil.rmtree(job[1])
+    other = OutputFolder(job[1].with_suffix(""), "another plan")
+    try:
+        with pytest.raises(OutputError, match="belongs to another merge"):
+            merged_by(worker, [1])
+        assert [path.name for path in job[1].iterdir()] == [JOURNAL]
+        with pytest.raises(OutputError, match="belongs to another merge"):
+            Worker(os.getcwd(), 1).start(job[0], 1)
+    finally:
+        other.close()
 
 
 def test_a_worker_that_plans_otherwise_is_refused(job: tuple[Job, Path]) -> None:
@@ -512,8 +664,9 @@ def test_without_ray_the_command_says_what_to_install(family: Family, tmp_path: 
     done = subprocess.run(command, capture_output=True, text=True)
     assert "pip install 'resm-kernels[ray]'" in done.stderr
     assert done.returncode
-    with pytest.raises(UsageError, match="dask"):
-        resm_kernels.merge(*family, tmp_path / "out", executor="dask")
+    for wrong in ("dask", None, LocalExecutor):
+        with pytest.raises(UsageError, match=r"expected: local, ray"):
+            resm_kernels.merge(*family, tmp_path / "out", executor=wrong)  # type: ignore[arg-type]
     assert isinstance(api.find_executor("local"), LocalExecutor)
     assert torch.get_num_threads() > 0
 

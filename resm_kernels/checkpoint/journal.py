@@ -32,6 +32,8 @@ JOURNAL = "resm_journal.jsonl"
 MANIFEST = "resm_manifest.json"
 REPORT = "resm_report.json"
 PAGE = "resm_report.html"
+MAX_BRIEF = 4096
+"""Most bytes of a journal's first line."""
 
 
 def absolute(output: Path) -> Path:
@@ -87,6 +89,15 @@ def _check_output(output: Path, inputs: Iterable[Path], resume: bool, several: b
             f"{partial}: an unfinished merge lies there",
             fix=f"finish it with --resume (resume=True), or remove it: rm -r {partial}",
         )
+
+
+def check_partial(partial: Path, plan_id: str) -> None:
+    """Refuse a folder that another process makes, unless its journal is that of this plan."""
+    path = partial / JOURNAL
+    with writing(path), open_regular(path) as file:
+        raw = file.readline(MAX_BRIEF)
+    if raw != canonical_json({"plan_id": plan_id}) + b"\n":
+        raise OutputError(f"{partial}: belongs to another merge", fix="choose another output")
 
 
 class OutputFolder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from resm_kernels.checkpoint.reader import check_stamp
 from resm_kernels.engine.flow import Part, Progress, Run, Sink
@@ -23,6 +23,7 @@ from resm_kernels.errors import ResmError, UsageError
 from resm_kernels.recipe import Recipe
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Plans merges and carries them out."""
 
@@ -63,7 +64,7 @@ def find_executor(executor: str | Executor) -> Executor:
         from resm_kernels.engine.ray import RayExecutor
 
         return RayExecutor()
-    if isinstance(executor, str):
+    if isinstance(executor, type) or not isinstance(executor, Executor):
         raise UsageError(f"executor: got {executor!r}", expected="local, ray or a RayExecutor")
     return executor
 

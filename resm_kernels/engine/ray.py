@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from resm_kernels import __version__
 from resm_kernels.engine.executor import lacking_parts
 from resm_kernels.engine.flow import STAGES, Progress
 from resm_kernels.engine.options import EngineOptions
@@ -28,7 +29,7 @@ from resm_kernels.engine.remote import Job, Turn, Worker
 from resm_kernels.engine.result import Usage
 from resm_kernels.engine.target import Target
 from resm_kernels.engine.timeline import Timeline
-from resm_kernels.errors import MissingDependencyError, ResmError, UsageError
+from resm_kernels.errors import MissingDependencyError, PlanError, ResmError, UsageError
 from resm_kernels.recipe import Recipe
 
 try:
@@ -163,16 +164,21 @@ class RayExecutor:
     def make_plans(self, recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
         """As `planning.make_plans`, on a machine of the cluster."""
         self._connect()
-        share = self.share(options)
-        actor = _hire(share)
         try:
-            machine, name = _result(actor.where.remote())
-            neighbours = share.fitting.get(machine, 1)
-            plans, said = _result(actor.make_plans.remote(tuple(recipes), options, neighbours))
+            share = self.share(options)
+            actor = _hire(share)
+            try:
+                call = actor.where.remote()
+                if not ray.wait([call], timeout=PATIENCE)[0]:
+                    LOG.warning("%s", _no_room(share))
+                machine, name = _result(call)
+                neighbours = share.fitting.get(machine, 1)
+                plans, said = _result(actor.make_plans.remote(tuple(recipes), options, neighbours))
+            finally:
+                ray.kill(actor)
         except RayError as error:
             raise ResmError("planning on the Ray cluster failed", got=_reason(error)) from error
-        finally:
-            ray.kill(actor)
+        _check_versions(plans)
         LOG.debug("planned on %s", name)
         for level, text in said:
             LOG.log(level, "%s", text)
@@ -198,8 +204,7 @@ class RayExecutor:
             if address == "local":
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             elif address != "auto":  # Ray itself waits for minutes
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=LOOK).close()
+                _knock(address)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (RayError, OSError, ValueError, RuntimeError) as error:
             raise ResmError(
@@ -235,8 +240,8 @@ class _Member:
         When its timeline began, in seconds of the driver's.
     told : int
         Bytes of progress on shards that it has not finished.
-    holds : list of int
-        The shards that it has.
+    holds : dict
+        The shards that it has, with the outputs that it has not finished of each.
     finished : int
         How many it finished.
     """
@@ -247,7 +252,7 @@ class _Member:
     state: str = "hired"
     origin: float = 0.0
     told: int = 0
-    holds: list[int] = field(default_factory=list)
+    holds: dict[int, set[int]] = field(default_factory=dict)
     finished: int = 0
 
 
@@ -287,6 +292,8 @@ class _Driver:
         self._started = time.perf_counter()
         self._looked = -LOOK
         self._patient = True
+        self._head = ray.get_runtime_context().gcs_address
+        self._silent = 0.0
 
     def run(self) -> Usage:
         """Merge until nothing is left; what all workers took."""
@@ -307,6 +314,15 @@ class _Driver:
         if age - self._looked < LOOK:
             return
         self._looked = age
+        if not _answers(self._head):  # Ray would wait in silence, then end this process
+            self._silent = self._silent or age
+            if age - self._silent > PATIENCE:
+                raise ResmError(
+                    f"the head of the Ray cluster does not answer: {self._head}",
+                    fix="start the cluster again, then --resume",
+                )
+            return
+        self._silent = 0.0
         self._share = self._executor.share(self._options)
         for _ in range(len(self._members), min(self._share.workers, len(self._left))):
             actor = _hire(self._share)
@@ -314,10 +330,7 @@ class _Driver:
             self._members.append(_Member(actor, actor.where.remote(), name))
         if self._patient and age > PATIENCE and all(m.state == "hired" for m in self._members):
             self._patient = False
-            asked = f"{self._share.cpus} CPUs" + f" and {self._share.gpus} GPUs" * (
-                self._share.gpus > 0
-            )
-            LOG.warning("no worker yet: the cluster's machines have not %s free", asked)
+            LOG.warning("%s", _no_room(self._share))
 
     def _listen(self) -> None:
         """Wait for the next word of a worker, and answer it."""
@@ -352,15 +365,14 @@ class _Driver:
         if self._progress and turn.count:
             self._progress.advance(turn.count, turn.tensor)
         for done in turn.finished:
-            left = self._left.get(done.index, set())
-            if done.output in left:
-                target = self._targets[done.output]
-                name = target.plan.layouts[done.index].name
+            target = self._targets[done.output]
+            name = target.plan.layouts[done.index].name
+            if name not in target.folder.kept:  # a lost worker may have finished this one of many
                 target.folder.shard_done(name, done.sha256, done.digests, done.results)
-                left.discard(done.output)
-            if not left and done.index in member.holds:
-                self._left.pop(done.index, None)
-                member.holds.remove(done.index)
+            unfinished = member.holds[done.index]
+            unfinished.remove(done.output)
+            if not unfinished:
+                del self._left[done.index], member.holds[done.index]
                 member.told -= self._bytes[done.index]
                 member.finished += 1
                 self._fruitless = 0
@@ -368,7 +380,7 @@ class _Driver:
     def _give(self, member: _Member, hungry: bool) -> None:
         """Ask a worker for its next turn, with a shard where it wants one."""
         given = [self._queue.popleft()] if hungry and self._queue else []
-        member.holds += given
+        member.holds.update((shard, set(self._left[shard])) for shard in given)
         member.call = member.actor.turn.remote(given, bool(self._queue))
 
     def _lose(self, member: _Member, error: RayError) -> None:
@@ -380,8 +392,8 @@ class _Driver:
         self._members.remove(member)
         self._lost.append(member)
         member.state = "lost"
-        self._attempts.update(member.holds)
-        self._queue.extendleft(reversed(member.holds))
+        self._attempts.update(member.holds.keys())
+        self._queue.extendleft(reversed([*member.holds]))
         if self._progress and member.told:
             self._progress.advance(-member.told, "")
         self._fruitless += 1
@@ -443,10 +455,40 @@ class _Driver:
         )
 
 
+def _knock(address: str) -> None:
+    """Connect to a head, and leave; OSError or ValueError where none answers."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK).close()
+
+
+def _answers(address: str) -> bool:
+    try:
+        _knock(address)
+    except OSError:
+        return False
+    return True
+
+
 def _hire(share: Share) -> Any:
     """An actor that asks for a worker's share of a machine."""
     wanted = {"num_cpus": share.cpus, "num_gpus": share.gpus, "scheduling_strategy": "SPREAD"}
     return ray.remote(RayWorker).options(max_restarts=0, **wanted).remote(os.getcwd(), share.cpus)
+
+
+def _no_room(share: Share) -> str:
+    asked = f"{share.cpus} CPUs" + f" and {share.gpus} GPUs" * (share.gpus > 0)
+    return f"no worker yet: the cluster's machines have not {asked} free"
+
+
+def _check_versions(plans: Sequence[MergePlan]) -> None:
+    """Raise where the plans are of another version than the one that would finish them."""
+    for found in {plan.identity["version"] for plan in plans} - {__version__}:
+        raise PlanError(
+            "the cluster has another version of resm-kernels than this machine",
+            got=found,
+            expected=__version__,
+            fix="install the same version on every machine",
+        )
 
 
 def _result(call: Any) -> Any:
@@ -456,7 +498,8 @@ def _result(call: Any) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, ResmError):
             raise error.cause from None
-        raise ResmError("a worker of the Ray cluster failed", got=str(error)) from error
+        LOG.debug("%s", error)
+        raise ResmError("a worker of the Ray cluster failed", got=repr(error.cause)) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from resm_kernels.checkpoint.journal import JOURNAL
+from resm_kernels.checkpoint.journal import check_partial
 from resm_kernels.checkpoint.writer import ShardFile
 from resm_kernels.engine.executor import lacking_parts, watched
 from resm_kernels.engine.flow import Part, Run
@@ -139,7 +140,7 @@ class _Sink:
         self._lacking = job.lacking[number]
         self._finished = finished
         self._numbers = {layout.name: i for i, layout in enumerate(plan.layouts)}
-        self._attempt = f".{socket.gethostname()}.{os.getpid()}"
+        self._attempt = f".{secrets.token_hex(8)}"
 
     def lacks(self, tensor: PlannedTensor) -> bool:
         """Whether the tensor's shard was not finished at the start."""
@@ -147,6 +148,7 @@ class _Sink:
 
     def begin(self, index: int, due: Callable[[ShardFile], None]) -> ShardFile:
         """A file that no other worker writes."""
+        check_partial(self._folder, self.plan.plan_id)  # another merge's, if this was given up
         return ShardFile(self._folder, self.plan.layouts[index], due, self._attempt)
 
     def done(self, shard: ShardFile, sha256: str) -> None:
@@ -205,20 +207,22 @@ class Worker:
         """
         plans, _ = self.make_plans(job.recipes, job.options, neighbours)
         here = socket.gethostname()
-        for plan, identity in zip(plans, job.identities, strict=True):
+        for plan, identity, folder in zip(plans, job.identities, job.folders, strict=True):
             _check_identity(here, identity, plan.identity)
-        for folder in job.folders:
-            if not (folder / JOURNAL).is_file():
+            if not folder.is_dir():
                 raise OutputError(
                     f"{folder}: not there on {here}",
                     fix="choose an output on a file system that all machines share",
                 )
+            check_partial(folder, plan.plan_id)
         sinks = [_Sink(plan, i, job, self._finished) for i, plan in enumerate(plans)]
         steps = plan_steps(plans)
         for parts in lacking_parts(sinks, steps):
             self._work.setdefault(parts[0][1].shard, []).append(parts)
         self._run = Run(plans[0], steps, sinks, self._tally)
-        self._thread = threading.Thread(target=self._carry_out, args=(steps,), name="resm-run")
+        self._thread = threading.Thread(
+            target=self._carry_out, args=(steps,), name="resm-run", daemon=True
+        )
         self._thread.start()
         return plans[0].workers
 
@@ -240,10 +244,12 @@ class Worker:
             if time.monotonic() > end:
                 break
             time.sleep(0.005)
-        if self._error is not None:
-            raise self._error
+        error = self._error
         finished = tuple(self._finished.popleft() for _ in range(len(self._finished)))
-        return Turn(finished, *self._tally.take(), self._run.hungry, self._heard.take())
+        said = self._heard.take()
+        if error is not None and not (finished or said):  # these are told before it
+            raise error
+        return Turn(finished, *self._tally.take(), self._run.hungry, said)
 
     def stop(self) -> Usage:
         """End the run; what it took."""
