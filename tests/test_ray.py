@@ -23,6 +23,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 import resm_kernels
 from resm_kernels import api
@@ -43,7 +45,9 @@ from resm_kernels.errors import (
     ResmError,
     UsageError,
 )
+from tests.adapters import llama, train
 from tests.checkpoints import contents, fine_tuned, make_state, save
+from tests.mergekit.vocabulary import RECIPES, write_inputs
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -282,6 +286,41 @@ def test_a_sweep_has_the_bytes_of_a_local_one(
     for name in ("tsvm-lambda-0.5", "tsvm-lambda-1", "ties-lambda-0.5", "ties-lambda-1"):
         found, expected = (model_files(tmp_path / where / name) for where in ("out", "local"))
         assert found == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_a_recipe_says_travels(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters, `.bin` files, vocabularies, methods by tensor, another dtype, a part."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    recipes = {"union": (RECIPES["task_arithmetic_union"], {})}
+    for t in range(2):
+        found, adapter, _ = train(llama(), tmp_path / f"made{t}", t + 1)
+        found.rename(tmp_path / f"llama{t}")
+        adapter.rename(tmp_path / f"adapter{t}")
+    whole = load_file(tmp_path / "llama0" / "model.safetensors")
+    (tmp_path / "expert").mkdir()
+    torch.save(fine_tuned(whole, 5), tmp_path / "expert" / "pytorch_model.bin")
+    shutil.copy(tmp_path / "llama0" / "config.json", tmp_path / "expert")
+    mixed: dict[str, Any] = {
+        "merge_method": "tsvm",
+        "base_model": "llama0",
+        "models": [{"model": m} for m in ("adapter0", "llama0+adapter1", "expert")],
+        "overrides": [{"filter": "mlp", "merge_method": "ties", "parameters": {"density": 0.5}}],
+        "out_dtype": "float32",
+    }
+    recipes["mixed"] = (mixed, {"shard_size": "20KB"})
+    recipes["part"] = (mixed, {"only": ["*layers.0.*"]})
+    for name, (recipe, options) in recipes.items():
+        Path(f"{name}.yml").write_text(yaml.safe_dump(recipe))
+        found = {}
+        for executor in ("local", "ray"):
+            output = tmp_path / f"{name}-{executor}"
+            resm_kernels.merge(recipe=f"{name}.yml", output=output, executor=executor, **options)
+            found[executor] = model_files(output)
+        assert found["ray"] == found["local"], name
 
 
 def test_errors_are_those_of_a_local_merge(
@@ -595,7 +634,7 @@ def test_a_worker_has_no_more_workers_than_cores(family: Family) -> None:
     assert few.workers == 1
     assert same.workers == made.workers
     assert few.plan_id == same.plan_id == made.plan_id
-    (asked,), _ = Worker(os.getcwd(), 64).make_plans(
+    (asked,), _ = Worker(os.getcwd(), 1).make_plans(
         [made.recipe], replace(made.options, workers=3), 1
     )
     assert asked.workers == 3

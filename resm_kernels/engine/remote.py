@@ -185,15 +185,11 @@ class Worker:
         """
         budget = options.memory_budget or int(BUDGET_SHARE * available_memory()) // neighbours
         plans = make_plans(recipes, replace(options, memory_budget=max(1, budget)))
-        most = max(1, self._cores // options.threads)
-        return [
-            replace(
-                plan,
-                options=options,
-                workers=plan.workers if plan.has_devices else min(plan.workers, most),
-            )
-            for plan in plans
-        ], self._heard.take()
+        chosen = plans[0].workers
+        if options.workers is None and not plans[0].has_devices:
+            chosen = min(chosen, max(1, self._cores // options.threads))
+        plans = [replace(plan, options=options, workers=chosen) for plan in plans]
+        return plans, self._heard.take()
 
     def start(self, job: Job, neighbours: int) -> int:
         """Plan, and begin to wait for shards; the weights that are merged at the same time.
