@@ -586,8 +586,11 @@ def test_a_worker_that_fails_tells_first_what_it_finished(
 
     made = sorted(job[0].lacking[0])
     monkeypatch.setattr(ShardFile, "finish", failing)
-    for index in (0, 1):
-        worker._run.feed(worker._work.pop(index))
+    worker._run.feed(worker._work.pop(0))
+    end = time.monotonic() + 60
+    while not worker._finished and time.monotonic() < end:
+        time.sleep(0.01)
+    worker._run.feed(worker._work.pop(1))
     assert worker._thread is not None
     worker._thread.join(60)
     turn = worker.turn([], True)
