@@ -322,6 +322,7 @@ def _sweep(options: argparse.Namespace) -> int:
         machine_dict,
         machine_facts,
         plan_table,
+        sweep_dict,
         sweep_facts,
         sweep_table,
     )
@@ -339,7 +340,8 @@ def _sweep(options: argparse.Namespace) -> int:
         with _rehearsal(plans, options) as (space, rates):
             if options.json:
                 outputs = {name: plan.to_dict() for name, plan in made.items()}
-                _print_json({"outputs": outputs, **machine_dict(plans, space, rates)})
+                needs = {**sweep_dict(plans), **machine_dict(plans, space, rates)}
+                _print_json({"outputs": outputs, **needs})
             else:
                 together = sweep_facts(plans, machine_facts(plans, space, rates))
                 Console().print(*map(plan_table, plans), together, sep="\n")

@@ -9,13 +9,7 @@ from resm_kernels.checkpoint.reader import check_stamp
 from resm_kernels.engine.flow import Part, Progress, Run, Sink
 from resm_kernels.engine.memory import MemoryWatch
 from resm_kernels.engine.options import EngineOptions
-from resm_kernels.engine.plan import (
-    MergePlan,
-    Step,
-    plan_steps,
-    predicted_device_peak,
-    predicted_peak,
-)
+from resm_kernels.engine.plan import MergePlan, Step, predicted_device_peak, predicted_peak
 from resm_kernels.engine.planning import make_plans
 from resm_kernels.engine.result import Usage
 from resm_kernels.engine.target import Target
@@ -30,8 +24,14 @@ class Executor(Protocol):
     def make_plans(self, recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
         """Plan the merges of several recipes for the same models, for where they will run."""
 
-    def run(self, targets: Sequence[Target], progress: Progress | None) -> Usage:
-        """Merge and write every shard that a target lacks; each is journalled there."""
+    def run(
+        self,
+        targets: Sequence[Target],
+        steps: Sequence[Step],
+        pending: Sequence[Sequence[Part]],
+        progress: Progress | None,
+    ) -> Usage:
+        """Merge and write what is pending of the steps; targets journal every shard."""
 
 
 class LocalExecutor:
@@ -41,11 +41,16 @@ class LocalExecutor:
         """As `planning.make_plans`."""
         return make_plans(recipes, options)
 
-    def run(self, targets: Sequence[Target], progress: Progress | None) -> Usage:
+    def run(
+        self,
+        targets: Sequence[Target],
+        steps: Sequence[Step],
+        pending: Sequence[Sequence[Part]],
+        progress: Progress | None,
+    ) -> Usage:
         """One pass over the inputs for all targets."""
-        steps = plan_steps([target.plan for target in targets])
         run = Run(targets[0].plan, steps, targets, progress)
-        run.feed(lacking_parts(targets, steps))
+        run.feed(pending)
         run.close()
         return watched(run, steps)
 

@@ -66,6 +66,11 @@ Part = tuple[Sink, PlannedTensor]
 """One tensor of one output."""
 
 
+def step_of(parts: Sequence[Part]) -> Step:
+    """What is read and held for the tensors that outputs lack of one weight."""
+    return parts[0][1].step if len(parts) == 1 else Step(tuple(tensor for _, tensor in parts))
+
+
 class _Task:
     """One step on its way: the outputs that need it, where it goes, and what it holds there."""
 
@@ -78,7 +83,7 @@ class _Task:
         notes: Sequence[str] = (),
     ) -> None:
         self.parts = list(parts)
-        self.step = Step(tuple(tensor for _, tensor in parts))
+        self.step = step_of(parts)
         self.again = again
         """Whether it comes back from a device that it did not fit."""
         self.counted = counted

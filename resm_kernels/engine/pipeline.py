@@ -12,8 +12,8 @@ from resm_kernels.checkpoint.files import sync_folder, unseal, writing
 from resm_kernels.checkpoint.journal import MANIFEST, REPORT, absolute, check_output
 from resm_kernels.checkpoint.manifest import verify_folder
 from resm_kernels.engine.executor import Executor, LocalExecutor, lacking_parts
-from resm_kernels.engine.flow import Progress
-from resm_kernels.engine.plan import MergePlan, Step, check_disk, plan_steps
+from resm_kernels.engine.flow import Progress, step_of
+from resm_kernels.engine.plan import MergePlan, check_disk, plan_steps
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.engine.target import Companions, Draw, ExtraFiles, Target
 from resm_kernels.errors import OutputError
@@ -164,19 +164,19 @@ def _run_together(
 def _run(targets: Sequence[Target], executor: Executor, progress: Progress | None) -> None:
     """Merge what targets lack, and put what it took into their reports."""
     kept = [len(target.folder.kept) for target in targets]
-    pending = lacking_parts(targets, plan_steps([target.plan for target in targets]))
-    steps = [Step(tuple(tensor for _, tensor in parts)) for parts in pending]
+    steps = plan_steps([target.plan for target in targets])
+    pending = lacking_parts(targets, steps)
     if progress:
-        progress.start(sum(step.held_bytes for step in steps))
+        progress.start(sum(step_of(parts).held_bytes for parts in pending))
     try:
-        usage = executor.run(targets, progress)
+        usage = executor.run(targets, steps, pending, progress)
     finally:
         if progress:
             progress.stop()
     for target, count in zip(targets, kept, strict=True):
         target.collect()
         target.report.kept_shards = count
-        target.report.read_bytes = sum(step.read_bytes for step in steps)
+        target.report.read_bytes = sum(step_of(parts).read_bytes for parts in pending)
         target.report.written_bytes = sum(
             tensor.write_bytes for parts in pending for sink, tensor in parts if sink is target
         )

@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resm_kernels import __version__
-from resm_kernels.engine.executor import lacking_parts
-from resm_kernels.engine.flow import STAGES, Progress
+from resm_kernels.engine.flow import STAGES, Part, Progress, step_of
 from resm_kernels.engine.options import EngineOptions
-from resm_kernels.engine.plan import MergePlan, Step, plan_steps
-from resm_kernels.engine.remote import Job, Turn, Worker
+from resm_kernels.engine.plan import MergePlan, Step
+from resm_kernels.engine.remote import TURN, Job, Turn, Worker
 from resm_kernels.engine.result import Usage
 from resm_kernels.engine.target import Target
 from resm_kernels.engine.timeline import Timeline
@@ -184,11 +183,17 @@ class RayExecutor:
             LOG.log(level, "%s", text)
         return list(plans)
 
-    def run(self, targets: Sequence[Target], progress: Progress | None) -> Usage:
-        """Merge what the targets lack on all machines, until all of it is journalled."""
+    def run(
+        self,
+        targets: Sequence[Target],
+        steps: Sequence[Step],
+        pending: Sequence[Sequence[Part]],
+        progress: Progress | None,
+    ) -> Usage:
+        """Merge what is pending on all machines, until all of it is journalled."""
         self._connect()
         try:
-            return _Driver(self, targets, progress).run()
+            return _Driver(self, targets, pending, progress).run()
         except RayError as error:
             raise ResmError(
                 "the Ray cluster failed", got=_reason(error), fix="mend it, then --resume"
@@ -260,7 +265,11 @@ class _Driver:
     """Hands shards to workers until every target has all of its own."""
 
     def __init__(
-        self, executor: RayExecutor, targets: Sequence[Target], progress: Progress | None
+        self,
+        executor: RayExecutor,
+        targets: Sequence[Target],
+        pending: Sequence[Sequence[Part]],
+        progress: Progress | None,
     ) -> None:
         plans = [target.plan for target in targets]
         self._executor = executor
@@ -269,9 +278,9 @@ class _Driver:
         self._options = plans[0].options
         self._bytes: Counter[int] = Counter()
         self._left: dict[int, set[int]] = {}
-        for parts in lacking_parts(targets, plan_steps(plans)):
+        for parts in pending:
             shard = parts[0][1].shard
-            self._bytes[shard] += Step(tuple(tensor for _, tensor in parts)).held_bytes
+            self._bytes[shard] += step_of(parts).held_bytes
             self._left[shard] = {i for i, t in enumerate(targets) if t.lacks(parts[0][1])}
         self._queue = deque(self._left)
         self._job = ray.put(
@@ -334,6 +343,8 @@ class _Driver:
 
     def _listen(self) -> None:
         """Wait for the next word of a worker, and answer it."""
+        if not self._members:  # the head is silent: there is nobody to wait for
+            time.sleep(TURN)
         calls = {member.call: member for member in self._members}
         ray.wait([*calls], num_returns=1, timeout=LOOK)
         for call in ray.wait([*calls], num_returns=len(calls), timeout=0)[0]:

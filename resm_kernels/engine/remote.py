@@ -191,8 +191,8 @@ class Worker:
         plans = [replace(plan, options=options, workers=chosen) for plan in plans]
         return plans, self._heard.take()
 
-    def start(self, job: Job, neighbours: int) -> int:
-        """Plan, and begin to wait for shards; the weights that are merged at the same time.
+    def start(self, job: Job, neighbours: int) -> None:
+        """Plan, and begin to wait for shards.
 
         Raises
         ------
@@ -220,7 +220,6 @@ class Worker:
             target=self._carry_out, args=(steps,), name="resm-run", daemon=True
         )
         self._thread.start()
-        return plans[0].workers
 
     def _carry_out(self, steps: Sequence[Step]) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 LIMIT = 2000
 """Most intervals kept: about 100 kB in the report."""
@@ -25,11 +24,6 @@ class Timeline:
         self._tracks: dict[str, list[list[float]]] = {}
         self._count = 0
         self._lock = threading.Lock()
-
-    @property
-    def age(self) -> float:
-        """Seconds since the origin."""
-        return time.perf_counter() - self._origin
 
     def add(self, track: str, start: float, stop: float) -> None:
         """One interval; those of a track come in order."""

@@ -83,30 +83,36 @@ def machine_facts(
 def machine_dict(
     plans: Sequence[MergePlan], space: tuple[int, int], rates: Rates | None
 ) -> dict[str, Any]:
-    """What merges of one reading need of this machine, as plain data for `--dry-run --json`."""
+    """The same as plain data, for `--dry-run --json`."""
     expected = None if rates is None else forecast(plans, rates)
-    steps = plan_steps(plans)
     return {
-        "read_bytes": sum(step.read_bytes for step in steps),
-        "write_bytes": sum(plan.write_bytes for plan in plans),
-        "peak_memory_bytes": predicted_peak(steps, plans[0]),
         "disk_bytes": space[0],
         "free_disk_bytes": space[1],
         "predicted_seconds": expected and asdict(expected),
     }
 
 
+def sweep_dict(plans: Sequence[MergePlan]) -> dict[str, int]:
+    """What several merges cost together, since they read their inputs once."""
+    steps = plan_steps(plans)
+    return {
+        "read_bytes": sum(step.read_bytes for step in steps),
+        "write_bytes": sum(plan.write_bytes for plan in plans),
+        "peak_memory_bytes": predicted_peak(steps, plans[0]),
+    }
+
+
 def sweep_facts(
     plans: Sequence[MergePlan], facts: Mapping[str, str] | None = None
 ) -> RenderableType:
-    """What several merges cost together, since they read their inputs once."""
-    steps = plan_steps(plans)
+    """The same for people."""
+    found = sweep_dict(plans)
     return _facts(
         {
             "together": f"{len(plans)} outputs",
-            "read": size(sum(step.read_bytes for step in steps)),
-            "written": size(sum(plan.write_bytes for plan in plans)),
-            "peak memory": size(predicted_peak(steps, plans[0])),
+            "read": size(found["read_bytes"]),
+            "written": size(found["write_bytes"]),
+            "peak memory": size(found["peak_memory_bytes"]),
             **(facts or {}),
         }
     )
