@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= benchmarks/results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test integration integration-mergekit integration-fusion-bench torture fuzz sanitize lint kernels bench spectral chart quality gpu clean
+.PHONY: demo test integration integration-mergekit integration-fusion-bench torture fuzz sanitize posing lint kernels bench spectral chart quality gpu clean
 
 demo: $(VENV)/demo.done
 	rm -rf demo
@@ -37,6 +37,11 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The GPU's tests and its suite without one: on devices that the CPU poses as, streams watched.
+posing: $(VENV)/dev.done
+	RESM_TEST_DEVICE=posing OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -n 2 tests/test_posing.py tests/test_gpu.py tests/test_gpu_kernels.py
 
 # Every kernel configuration, ahead of time, for sm_80, sm_90, sm_100 and gfx942; needs no GPU.
 kernels: $(VENV)/dev.done

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from tests import fake_cusolver as fakes
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+POSING = os.environ.get("RESM_TEST_DEVICE") == "posing"
+if POSING:
+    from tests import posing
+
+    posing.install()
 collect_ignore = (
     [] if importlib.util.find_spec("triton") else ["test_kernels.py", "test_gpu_kernels.py"]
 )
@@ -29,3 +35,12 @@ def fake_cusolver(built_fake: fakes.Fake, monkeypatch: pytest.MonkeyPatch) -> fa
     """cuSOLVER on host memory behind `resm_kernels.linalg.cusolver`."""
     built_fake.install(monkeypatch)
     return built_fake
+
+
+if POSING:
+
+    @pytest.fixture(autouse=True)
+    def watched_streams() -> Iterator[None]:
+        """On posing devices a test also fails where streams race."""
+        with posing.no_races():
+            yield

@@ -1,13 +1,11 @@
 """The kernels on a CUDA device against their references on the CPU, through the dispatchers.
 
-`RESM_TEST_DEVICE=cpu python -m pytest tests/test_gpu_kernels.py` runs the same file in Triton's
-interpreter, in minutes: it checks the tests, not the code that a GPU runs.
+`make posing` runs the same file without a GPU, on devices that the CPU poses as.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,21 +17,14 @@ import resm_kernels.ops.delta_stats as stats
 import resm_kernels.ops.low_rank as low_rank
 import resm_kernels.ops.mask as mask
 import resm_kernels.ops.rank_drop as rank_drop
-from resm_kernels.ops import launch
 from resm_kernels.ops.mask import Mask
 from resm_kernels.ops.mask.reference import apply_mask
-from tests.interpreter import DOWN_CAST, round_off
+from tests.conftest import POSING
 
-DEVICE = os.environ.get("RESM_TEST_DEVICE", "cuda")
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when an op first imports triton
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
-)
-on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-
-SIZES = (1, 17, 4095, 4096, 4097, 100003)
+DEVICE = "cuda"
+SIZES = (1, 17, 4095, 4096, 4097, 9001 if POSING else 100003)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = [(BF16, FP32), (FP16, FP16), (FP32, BF16)]
 """Of the inputs and of the result."""
@@ -52,23 +43,13 @@ EXACT = 24 * 2.0**-24
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned() -> Iterator[None]:
     """Fresh memory is NaN, so nothing that was not written can look right."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    if DEVICE == "cpu":
-        for op in (consensus, stats, low_rank, mask, rank_drop):
-            monkeypatch.setattr(op, "on_kernels", everywhere)
-        monkeypatch.setattr(DOWN_CAST, round_off)
     yield
     torch.use_deterministic_algorithms(before)
-
-
-def everywhere(tensors: Sequence[torch.Tensor], *dtypes: torch.dtype) -> bool:
-    """`on_kernels` without the question where the tensors are."""
-    dtypes += tuple(tensor.dtype for tensor in tensors)
-    return all(t.numel() for t in tensors) and all(d in launch.DTYPES for d in dtypes)
 
 
 def family(
@@ -352,7 +333,7 @@ PRODUCTS = [
 def test_reconstructions_keep_their_error_bound(
     rows: int, columns: int, depth: int, precision: low_rank.Precision
 ) -> None:
-    if DEVICE == "cpu" and rows > 1000:
+    if POSING and rows > 1000:
         pytest.skip("minutes in the interpreter")
     generator = torch.Generator().manual_seed(0)
     # All positive: what is cut off adds up.
@@ -479,9 +460,9 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(
         mask.masked_delta(base, experts[0])
 
 
-@on_gpu
 def test_streams_do_not_meet() -> None:
-    base, experts = split(to_device([x.repeat(20, 20) for x in small_family()]))
+    times = 1 if POSING else 20
+    base, experts = split(to_device([x.repeat(times, times) for x in small_family()]))
     expected = every_op(base, experts)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(3)]
@@ -495,7 +476,6 @@ def test_streams_do_not_meet() -> None:
         assert_equal(results, expected)
 
 
-@on_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_kernels_run_where_their_tensors_are() -> None:
     base, experts = split([x.to("cuda:1") for x in small_family()])
@@ -505,7 +485,6 @@ def test_kernels_run_where_their_tensors_are() -> None:
     assert base.device == torch.device("cuda:1")
 
 
-@on_gpu
 def test_places_past_two_to_the_31() -> None:
     count = 2**31 + 4099
     if torch.cuda.mem_get_info()[0] < 22e9:

@@ -202,22 +202,25 @@ def times_of(suite: Suite, run: Callable[..., Any], *given: Any) -> list[float]:
 
 def watch_kernels(suite: Suite, run: Callable[[], Any]) -> Row:
     """Milliseconds in Triton kernels, the median of some runs, and what they occupy."""
-    from triton.runtime.jit import JITFunction
+    from triton.runtime.jit import KernelInterface
 
     flush = torch.empty(FLUSH, dtype=torch.int8, device=suite.device)
     launches: list[tuple[Any, torch.cuda.Event, torch.cuda.Event]] = []
-    original = JITFunction.run
+    original = KernelInterface.__getitem__
 
-    def watched(self: Any, *args: Any, **options: Any) -> Any:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        kernel = original(self, *args, **options)
-        last.record()
-        launches.append((kernel, first, last))
-        return kernel
+    def watched(self: Any, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> Any:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            kernel = original(self, grid)(*args, **options)
+            last.record()
+            launches.append((kernel, first, last))
+            return kernel
+
+        return launch
 
     totals = []
-    JITFunction.run = watched
+    KernelInterface.__getitem__ = watched
     try:
         for _ in range(5):
             launches.clear()
@@ -226,7 +229,9 @@ def watch_kernels(suite: Suite, run: Callable[[], Any]) -> Row:
             torch.cuda.synchronize()
             totals.append(sum(first.elapsed_time(last) for _, first, last in launches))
     finally:
-        JITFunction.run = original
+        KernelInterface.__getitem__ = original
+    if not launches:
+        raise Wrong("no Triton kernel ran")
     used = {}
     for kernel, _, _ in launches:
         with contextlib.suppress(AttributeError):

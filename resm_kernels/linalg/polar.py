@@ -192,8 +192,9 @@ def _express(panels: Sequence[torch.Tensor]) -> PolarFactor:
         raise _Declined("more columns than rows")
     # Panels of orthonormal columns have singular values of at most the root of their number.
     largest = math.sqrt(len(panels)) * (1 + 1e-5)
-    panel = torch.cat([p.to(torch.float64) for p in panels], dim=1).div_(largest)
-    basis = orthonormalise(panel, EXPRESS_RANGE)
+    doubles = (panel.to(torch.float64) for panel in panels)
+    # What goes in has no name here, so that the first step frees it.
+    basis = orthonormalise(torch.cat([*doubles], dim=1).div_(largest), EXPRESS_RANGE)
     eye = torch.eye(columns, dtype=basis.dtype, device=basis.device)
     defect = float((basis.T @ basis - eye).abs().max())
     if not defect <= ORTHONORMAL:

@@ -23,6 +23,8 @@ SMALLEST = 1e-13
 BREAKDOWN = 1e-12
 PROBES, STEPS = 8, 80
 """Lanczos runs and their length, for the first guess of the shift."""
+GUESSING = 8 * 4 * PROBES * STEPS**2
+"""Bytes that the guess holds: tridiagonal matrices, and their eigenvectors."""
 
 
 def leading_eigenspace(matrix: torch.Tensor, count: int) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from resm_kernels.linalg import dispatch
 from resm_kernels.linalg.crossover import Problem
 from resm_kernels.linalg.eigen import gram, is_partial, leading_eigenpairs
 from resm_kernels.linalg.polar import SMALL, PolarBackend
+from resm_kernels.linalg.projector import GUESSING
 from resm_kernels.linalg.spectral import SpectralMerge, spectral_merge
 from resm_kernels.linalg.subspace import Delta, Subspace, SubspaceBackend, leading_subspaces
 
@@ -492,7 +493,7 @@ def _workspace(
         if route.subspace in ("svd", "textbook"):
             one = item * (2 * m * n + 4 * p * p)
         elif route.subspace == "projector":
-            one = 8 * 7 * p * p
+            one = 8 * 7 * p * p + GUESSING
         elif is_partial(p, rank, device):
             one = 8 * (p * p + max(5 * p * rank, (longer + 2 * p) * rank))
         else:

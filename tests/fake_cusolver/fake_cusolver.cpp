@@ -197,15 +197,41 @@ Factors svd(Buffer a, long long m, long long n) {
   return f;
 }
 
-// Eigenvalues ascending, from the SVD of A + shift I, which is positive definite.
+// Eigenvalues ascending, by two-sided Jacobi rotations: rows and columns of A until it is diagonal.
 Factors eigen(Buffer a, long long n) {
-  double shift = 1;
-  for (const double x : a) shift += std::abs(x);
-  for (long long i = 0; i < n; ++i) entry(a, n, i, i) += shift;
-  Factors f = svd(std::move(a), n, n), result{Buffer(n * n), Buffer(n), {}};
+  Buffer v(n * n);
+  for (long long i = 0; i < n; ++i) entry(v, n, i, i) = 1;
+  double largest = 0;
+  for (const double x : a) largest = std::max(largest, std::abs(x));
+  bool rotated = largest > 0;
+  for (int sweep = 0; sweep < 60 && rotated; ++sweep) {
+    rotated = false;
+    for (long long p = 0; p < n; ++p)
+      for (long long q = p + 1; q < n; ++q) {
+        const double off = entry(a, n, p, q);
+        if (std::abs(off) <= 1e-17 * largest) continue;
+        rotated = true;
+        const double zeta = (entry(a, n, q, q) - entry(a, n, p, p)) / (2 * off);
+        const double t = std::copysign(1.0, zeta) / (std::abs(zeta) + std::sqrt(1 + zeta * zeta));
+        const double c = 1 / std::sqrt(1 + t * t), s = c * t;
+        const auto rotate = [&](double& left, double& right) {
+          const double before = left;
+          left = c * before - s * right;
+          right = s * before + c * right;
+        };
+        for (long long i = 0; i < n; ++i) rotate(entry(a, n, i, p), entry(a, n, i, q));
+        for (long long i = 0; i < n; ++i) rotate(entry(a, n, p, i), entry(a, n, q, i));
+        for (long long i = 0; i < n; ++i) rotate(entry(v, n, i, p), entry(v, n, i, q));
+      }
+  }
+  std::vector<long long> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](auto x, auto y) { return entry(a, n, x, x) < entry(a, n, y, y); });
+  Factors result{Buffer(n * n), Buffer(n), {}};
   for (long long j = 0; j < n; ++j) {
-    result.s[j] = f.s[n - 1 - j] - shift;
-    for (long long i = 0; i < n; ++i) entry(result.u, n, i, j) = entry(f.v, n, i, n - 1 - j);
+    result.s[j] = entry(a, n, order[j], order[j]);
+    for (long long i = 0; i < n; ++i) entry(result.u, n, i, j) = entry(v, n, i, order[j]);
   }
   return result;
 }
