@@ -22,7 +22,7 @@ from resm_kernels.checkpoint.writer import ShardLayout, Slot
 from resm_kernels.engine.lanes import PREFETCH, STAGING
 from resm_kernels.engine.matching import FactorSource, Source
 from resm_kernels.engine.options import EngineOptions
-from resm_kernels.engine.workspace import Needs, factor_ranks
+from resm_kernels.engine.workspace import Needs, Weight
 from resm_kernels.errors import PlanError
 from resm_kernels.linalg import Work, dispatch
 from resm_kernels.linalg.crossover import Problem
@@ -109,11 +109,6 @@ class PlannedTensor:
     def sources(self) -> tuple[Source | FactorSource, ...]:
         """What goes into it, in order."""
         return (self.base, *self.experts) if self.reads_base else self.experts
-
-    @property
-    def factor_ranks(self) -> list[int] | None:
-        """The ranks of the experts' changes where all are known as factors."""
-        return factor_ranks(self.base, self.experts)
 
     @functools.cached_property
     def step(self) -> Step:
@@ -471,15 +466,9 @@ class MergePlan:
 
 def workspace_of(tensor: PlannedTensor, device: str) -> int:
     """Bytes beyond inputs and output that merging a planned tensor may hold on a device type."""
-    return Needs(device).workspace(
-        tensor.slot.shape,
-        (tensor.base, *tensor.experts),
-        method=None if tensor.reason else tensor.method,
-        settings=tensor.options,
-        split=tensor.split,
-        aligned=tensor.aligned,
-        masked=tensor.masked,
-    )
+    sources, method = (tensor.base, *tensor.experts), None if tensor.reason else tensor.method
+    given = tensor.options, tensor.split, tensor.aligned, tensor.masked
+    return Needs(device).workspace(Weight(tensor.slot.shape, sources, method, *given))
 
 
 def disk_space(layouts: Iterable[ShardLayout], output: Path) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from resm_kernels.engine.memory import BUDGET_SHARE, available_memory
 from resm_kernels.engine.options import EngineOptions, usable_cores
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, plan_steps
 from resm_kernels.engine.workers import choose_workers
-from resm_kernels.engine.workspace import Needs
+from resm_kernels.engine.workspace import Needs, Weight
 from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.linalg import dispatch
 from resm_kernels.methods import Method, Split, split_of
@@ -327,8 +327,8 @@ class _Planner:
             given = (key, slot.shape, len(sources), settings)
             split, notes = split_of(method, *given, matching.base.config)
             reason = None if split else method.declines(*given)
-        inputs = slot.shape, (own, *sources)
-        merged = {"method": None if reason else method, "settings": settings, "split": split}
+        merged = None if reason else method
+        weight = Weight(slot.shape, (own, *sources), merged, settings, split, aligned, self._masked)
         base_counts = method.uses_base or self._on_base or not sources
         return PlannedTensor(
             rule="copy" if not sources else method.name if reason is None else "mean",
@@ -347,10 +347,8 @@ class _Planner:
             key=key,
             weights=weights,
             options=settings,
-            workspace=self._needs.workspace(
-                *inputs, aligned=aligned, masked=self._masked, **merged
-            ),
-            work=self._needs.work(*inputs, **merged),
+            workspace=self._needs.workspace(weight),
+            work=self._needs.work(weight),
         )
 
     def _options(self, method: Method[Any], tensor: str) -> Any:
