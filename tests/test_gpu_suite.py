@@ -64,7 +64,7 @@ def test_the_quick_factorisations_keep_the_contract_on_the_cpu(
     assert run.main(arguments(tmp_path, "factorisations")) == 0
     content = json.loads((tmp_path / "gpu.json").read_text())
     rows = content["rows"]
-    assert content["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(content["versions"]["torch"])
     assert Counter(row["part"] for row in rows) == {
         "correctness": 3 * 5 * 2 * 4,
         "pieces": 10,
