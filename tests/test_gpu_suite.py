@@ -26,7 +26,7 @@ from resm_kernels.linalg import cusolver
 from resm_kernels.linalg.crossover import parse_tables
 from resm_kernels.linalg.solver import Work
 from resm_kernels.linalg.subspace import GRAM_RANGE
-from tests.fake_cusolver import Fake
+from tests.fake_cusolver import Fake, compiler
 
 
 @pytest.fixture(autouse=True)
@@ -229,6 +229,29 @@ def test_compute_sanitizer_runs_where_it_is(
         words = (tmp_path / "arguments").read_text()
         assert words.startswith("--tool memcheck --error-exitcode 9 ")
         assert "--only crossover --quick" in words
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("builds", [True, False])
+def test_the_extension_is_built_first(
+    builds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a tree that has none; where it cannot be built the suite goes on, and fails."""
+    root = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("csrc", "resm_kernels", "python"):
+        shutil.copytree(run.ROOT / folder, root / folder, ignore=ignored)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(run.ROOT / file, root)
+    monkeypatch.setattr(run, "ROOT", root)
+    if not builds:
+        (root / "csrc" / "module.cpp").write_text("#error broken")
+    suite = Suite(tmp_path, torch.device("cpu"))
+    run.build_extension(suite, 120.0)
+    (row,) = suite.rows
+    assert row["status"] == ("ok" if builds else "error")
+    assert run.failed(suite) == (not builds)
+    assert len([*(root / "resm_kernels").glob("_cusolver*.so")]) == builds
 
 
 def test_without_the_extension_there_is_nothing_to_sanitise(

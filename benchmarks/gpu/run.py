@@ -1,4 +1,5 @@
-"""GPU tests, kernels, factorisations, merges and solvers, each in a process, in one budget.
+"""The extension built, then GPU tests, kernels, factorisations, merges and solvers, each in a
+process, in one budget.
 
     python -m benchmarks.gpu.run --out DIR [--device cpu --quick] [--budget SECONDS]
 
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -38,8 +41,8 @@ KEPT = {"kernels": 240.0, "factorisations": 170.0, "merges": 100.0, "crossover":
 """Seconds that a part leaves to those after it: 70 and more to the merges, 60 to the solvers, 40 to
 compute-sanitizer."""
 SANITIZER_SECONDS = 40.0
-HAS_TO = ("tests", "suite", "roofs", "kernels", "correctness", "sanitizer", "set up", "end to end",
-          "workers", "larger")  # fmt: skip
+HAS_TO = ("extension", "tests", "suite", "roofs", "kernels", "correctness", "sanitizer", "set up",
+          "end to end", "workers", "larger")  # fmt: skip
 """Parts of rows in which nothing may fail."""
 FOUND = 9
 """compute-sanitizer's exit code where it found an error."""
@@ -53,6 +56,22 @@ def module(part: str) -> ModuleType:
 def share_of(part: str, left: float) -> float:
     """Seconds for a part when so many are left to it and all after it."""
     return max(0.0, min(left - KEPT[part], MOST.get(part, left)))
+
+
+def build_extension(suite: Suite, seconds: float) -> None:
+    """Build the cuSOLVER extension beside its sources, for this Python; up to date it stays."""
+    with suite.case("extension", "build") as row:
+        if importlib.util.find_spec("pybind11") is None:
+            raise Unavailable("no pybind11")
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        built = ROOT / "resm_kernels" / f"_cusolver{sysconfig.get_config_var('EXT_SUFFIX')}"
+        changed = max(file.stat().st_mtime for file in (ROOT / "csrc").iterdir())
+        if not built.is_file() or built.stat().st_mtime < changed:
+            said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+            raise RuntimeError(next(iter(said), f"exit code {done.returncode}"))
+        row["note"] = "built, or up to date"
+    importlib.invalidate_caches()
 
 
 def run_tests(suite: Suite, seconds: float) -> None:
@@ -138,7 +157,7 @@ def run_sanitizer(suite: Suite, given: argparse.Namespace, seconds: float) -> No
 
 def print_tests(suite: Suite) -> None:
     for row in suite.rows:
-        if row["part"] in ("tests", "suite", "sanitizer"):
+        if row["part"] in ("extension", "tests", "suite", "sanitizer"):
             print(f"{row['name']}: {row['status']}, {row.get('note', '').strip('= ')}")
             print(*row.get("failed", ()), sep="\n", end="")
 
@@ -170,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure(suite, given)
         return int(failed(suite))
     try:
+        if not given.only and given.device == "cuda":
+            build_extension(suite, given.budget)
         if not given.skip_tests:
             run_tests(suite, min(TESTS_SECONDS, given.budget))
         for part in (given.only,) if given.only else PARTS:
