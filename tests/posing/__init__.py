@@ -17,6 +17,7 @@ import functools
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,8 @@ COPYING = {"copy_", "_to_copy"}
 SUBSTITUTES = {torch.ops.aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype)}
 """What the CPU has no operation for."""
 MOST_ADDRESSES = 64
+KEPT: list[Any] = []
+"""What lives as long as the process."""
 KERNEL = threading.Lock()
 """Triton's interpreter runs one kernel at a time."""
 
@@ -80,8 +83,9 @@ class Posing(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
     def data_ptr(self) -> int:
-        """For kernels and libraries, which read there on the current stream."""
-        machine.access(self.device.index, [self.block], [])
+        """For a library that reads there on the current stream, or writes where nobody has."""
+        fresh = self.block.unwritten
+        machine.access(self.device.index, [] if fresh else [self.block], [self.block] * fresh)
         return self.inner.data_ptr()
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -135,11 +139,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         poison(found)
 
     device = machine.index(target) if target.type == "cuda" else posing[0].device.index
-    copying = name in COPYING
-    leaving = copying and (target.type == "cpu" or not isinstance(leaves[0], Posing))
-    waits = name in WAITING or (copying and not asynchronous(name, args, kwargs, pinned))
-    if copying and leaving:
-        device = posing[0].device.index
+    blocks = name in COPYING and not asynchronous(name, args, kwargs, pinned)
     shared = {x.inner.untyped_storage().data_ptr(): x.block for x in posing}
     fresh: list[Block] = []
 
@@ -162,7 +162,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
     result = tree_map(posed, found)
     if reads or writes or fresh:
-        machine.access(device, reads, [*writes, *fresh], waits=waits)
+        machine.access(device, reads, [*writes, *fresh], waits=blocks or name in WAITING)
     return result
 
 
@@ -247,11 +247,10 @@ def made_by(factory: Any, *args: Any, device: Any = None, **given: Any) -> Posin
 
 def install() -> None:
     """Give this process two posing devices, for good."""
-    folder = tempfile.mkdtemp(prefix="posing-")
-    machine.start(ctypes.CDLL(str(build_guard(Path(folder)))))
     library = torch.library.Library("aten", "IMPL")
-    KEPT.append(library)
-
+    folder = tempfile.TemporaryDirectory(prefix="posing-")
+    KEPT.extend([library, folder])
+    machine.start(ctypes.CDLL(str(build_guard(Path(folder.name)))))
     for name in FACTORIES:
         library.impl(name, functools.partial(made_by, overload(name)), "CUDA")
     for name, value in faces().items():
@@ -259,14 +258,11 @@ def install() -> None:
     torch.version.cuda = "13.0"
     pose_host()
     pose_triton()
-    fake = fakes.Fake(fakes.build(Path(folder)))
+    fake = fakes.Fake(fakes.build(Path(folder.name)))
     from resm_kernels.linalg import cusolver
 
     found = cusolver._Found(fake.library, None)
     cusolver._found = lambda: found
-
-
-KEPT: list[Any] = []
 
 
 def build_guard(folder: Path) -> Path:
@@ -335,10 +331,8 @@ def pose_host() -> None:
             return plain_empty(*size, **given)
         meta = plain_empty(*size, **given, device="meta")
         room = np.empty(max(1, meta.nbytes), np.uint8)
-        block = Block(None, meta.nbytes, None)
-        PINNED[id(room)] = block  # as long as the memory is there
-        torch.utils.weak.weakref.finalize(room, PINNED.pop, id(room), None)
-        machine.pinned[room.ctypes.data] = block
+        machine.pinned[room.ctypes.data] = Block(None, meta.nbytes, None)
+        weakref.finalize(room, machine.pinned.pop, room.ctypes.data)
         return torch.from_numpy(room)[: meta.nbytes].view(meta.dtype).view(meta.shape)
 
     def tensor(data: Any, *, device: Any = None, **given: Any) -> torch.Tensor:
@@ -359,9 +353,6 @@ def pose_host() -> None:
     torch.Tensor.pin_memory = lambda x, device=None: empty(
         x.shape, dtype=x.dtype, pin_memory=True
     ).copy_(x)
-
-
-PINNED: dict[int, Block] = {}
 
 
 def kernel_arguments(given: Sequence[torch.Tensor]) -> tuple[list[Block], list[Block]]:

@@ -138,7 +138,7 @@ class Machine:
         self._own = threading.local()
         self._default: dict[int, Stream] = {}
         self._tables: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
-        self.pinned: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
+        self.pinned: dict[int, Block] = {}
 
     def start(self, guard: ctypes.CDLL) -> None:
         self._guard = guard
