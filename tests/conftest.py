@@ -18,9 +18,9 @@ if POSING:
     from tests import posing
 
     posing.install()
-collect_ignore = (
-    [] if importlib.util.find_spec("triton") else ["test_kernels.py", "test_gpu_kernels.py"]
-)
+collect_ignore = [] if POSING else ["test_posing.py"]
+if importlib.util.find_spec("triton") is None:
+    collect_ignore += ["test_kernels.py", "test_gpu_kernels.py"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The posing devices mind what a GPU minds; only there."""
+"""The posing devices mind what a GPU minds, and our work on them minds it too (`make posing`)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import resm_kernels
 from benchmarks.gpu import kernels, run
 from benchmarks.gpu.suite import Suite
 from resm_kernels import cli
-from resm_kernels.linalg import Solver, SolverOptions
+from resm_kernels.engine.lanes import StagedLane
+from resm_kernels.linalg import Solver, SolverOptions, cusolver
 from resm_kernels.methods import METHODS
 from tests.checkpoints import fine_tuned, make_state, save
-from tests.conftest import POSING
 from tests.hostile.files import write_adapter
+from tests.posing import NAME, Posing, check_kernel
+from tests.posing.machine import GRAIN, TOTAL, machine
 from tests.test_merge import load
-
-pytestmark = pytest.mark.skipif(not POSING, reason="RESM_TEST_DEVICE=posing")
-if POSING:
-    from tests.posing import NAME, Posing
-    from tests.posing.machine import GRAIN, TOTAL, machine
 
 
 @contextlib.contextmanager
@@ -64,6 +63,10 @@ def test_tensors_are_where_they_were_asked_for() -> None:
         lambda: torch.cat([here(3), torch.ones(3)]),
         lambda: here(3).numpy(),
         lambda: torch.ones(3).mul_(here(3)),
+        lambda: torch.tensor(1.0).add_(here(1)[0]),
+        lambda: torch.sum(here(3), 0, out=torch.tensor(1.0)),
+        lambda: torch.ones(3)[here(2).long()],
+        lambda: here(3).index_put_((torch.tensor([0, 1]),), torch.ones(2)),
     ],
 )
 def test_operands_in_different_places_are_refused(mixed: Callable[[], object]) -> None:
@@ -178,23 +181,18 @@ def test_a_copy_that_blocks_needs_no_wait() -> None:
 
 
 def test_kernels_run_on_the_current_device_on_what_is_there() -> None:
-    triton = pytest.importorskip("triton")
     from resm_kernels.ops.mask.kernel import masked_delta
 
     base = torch.zeros(10, device="cuda:1")
     found = masked_delta(base, base + 1, None, weight=2.0, out_dtype=torch.float32)
     assert found.tolist() == [2.0] * 10
-    from tests.posing import kernel_arguments
-
     with pytest.raises(RuntimeError, match="on device 0 is given cuda:1"):
-        kernel_arguments([base])
+        check_kernel([base])
     with pytest.raises(ValueError, match="cannot be accessed from Triton"):
-        kernel_arguments([torch.ones(3)])
-    assert triton.knobs.runtime.interpret
+        check_kernel([torch.ones(3)])
 
 
 def test_kernels_race_like_all_else() -> None:
-    pytest.importorskip("triton")
     from resm_kernels.ops.consensus import weighted_sum
 
     experts = [here(10), here(10)]
@@ -216,13 +214,14 @@ def test_factoring_keeps_to_its_planned_memory(
 ) -> None:
     """Live tensors beside the deltas, which the plan counts: no library takes any here."""
     ranks = [int(share * (min(shape) // 3))] * 3
+    before = torch.cuda.memory_allocated()
     deltas = [torch.randn(shape).to("cuda") for _ in range(3)]
     solver = Solver(SolverOptions(mode=mode))
     torch.cuda.reset_peak_memory_stats()
     merged = solver.merge(deltas, ranks)
     assert merged.left.is_cuda
     planned = solver.plan(shape, ranks, device="cuda").workspace
-    held = torch.cuda.max_memory_allocated()
+    held = torch.cuda.max_memory_allocated() - before
     assert 0.1 * planned < held <= planned
 
 
@@ -257,8 +256,11 @@ def test_merges_keep_to_their_planned_memory_and_near_the_cpu(
     assert (found - expected).norm() <= (1e-5 if dtype == torch.float64 else 3e-2) * change
 
 
-def test_what_models_bring_is_merged_on_devices(tmp_path: Path) -> None:
+def test_what_models_bring_is_merged_on_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Adapters, NaN, integers, several outputs, a part: as on the CPU, and the same on two."""
+    monkeypatch.setattr(StagedLane.__init__, "__defaults__", (1000,))  # bytes of a piece
     state = make_state(shapes={"a.weight": (48, 32), "b.weight": (32, 48), "norm": (48,)})
     state["b.weight"][3, 5] = torch.nan
     state["steps"] = torch.arange(7)
@@ -305,3 +307,25 @@ def test_the_doctor_knows_the_devices(capsys: pytest.CaptureFixture[str]) -> Non
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count(NAME) >= 2
     assert "not yet measured on this card" in shown
+
+
+def test_solvers_run_where_their_matrices_are() -> None:
+    matrix = torch.eye(5, device="cuda:1") * 3
+    with torch.cuda.device(1):
+        assert cusolver.syevd(matrix).values.tolist() == pytest.approx([3.0] * 5)
+    assert cusolver.syevdx(matrix, 2).values.device == torch.device("cuda:1")
+
+
+def test_a_kernel_that_adds_into_memory_writes_it() -> None:
+    @triton.jit
+    def add_one(x: Any) -> None:
+        tl.store(x, tl.load(x) + 1)
+
+    counter = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    with elsewhere():
+        add_one[(1,)](counter)
+    with raced("reads what"):
+        counter + 1
+        torch.cuda.synchronize()
+    assert counter.item() == 1.0

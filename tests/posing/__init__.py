@@ -36,10 +36,10 @@ METADATA = {"empty_like", "new_empty", "new_empty_strided", "zeros_like", "ones_
             "new_zeros", "new_ones", "new_full", "rand_like", "randn_like"}  # fmt: skip
 """Operations that look at no entry of what they are given."""
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "_unique2", "masked_select",
-           "_linalg_eigh", "_linalg_svd", "linalg_qr", "linalg_cholesky_ex"}  # fmt: skip
+           "_linalg_eigh", "_linalg_svd", "_linalg_check_errors"}  # fmt: skip
 """Operations for whose result torch makes the host wait; eigh and svd read an info."""
 INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_"}
-"""Operations that bring indices of the CPU to the device."""
+"""Operations that bring their second argument, indices, from the CPU to the device."""
 FACTORIES = ("empty.memory_format", "empty_strided", "eye", "eye.m", "arange", "arange.start",
              "arange.start_step", "linspace")  # fmt: skip
 COPYING = {"copy_", "_to_copy"}
@@ -123,7 +123,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     posing = [x for x in leaves if isinstance(x, Posing)]
     target = kwargs.get("device")
     target = posing[0].device if target is None else torch.device(target)
-    check_places(name, leaves, posing)
+    check_places(func, name, args, kwargs)
 
     reads, writes, pinned = accesses(func, name, args, kwargs)
     outer = {id(x.inner if isinstance(x, Posing) else x): x for x in leaves}
@@ -170,12 +170,23 @@ def unposed(x: Any) -> Any:
     return x.inner if isinstance(x, Posing) else x
 
 
-def check_places(name: str, leaves: Sequence[torch.Tensor], posing: Sequence[Posing]) -> None:
-    """What torch raises where operands are in different places."""
-    places = {x.device for x in posing}
-    if name not in INDEXING:
-        places |= {x.device for x in leaves if x.ndim or x.device.type == "cuda"}
-    if len(places) > 1 and name not in COPYING:
+def check_places(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """What torch raises where operands are in different places; numbers of the CPU may be read."""
+    if name in COPYING:
+        if name == "_to_copy" and kwargs.get("non_blocking") and kwargs.get("device"):
+            assert torch.device(kwargs["device"]).type == "cuda", "a host tensor nobody waits for"
+        return
+    places = set()
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        for x in tree_leaves(value):
+            if not isinstance(x, torch.Tensor):
+                continue
+            indices = name in INDEXING and i == 1
+            if x.is_cuda or written or (x.ndim and not indices):
+                places.add(x.device)
+    if len(places) > 1:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
             f"{' and '.join(sorted(map(str, places)))}! (in {name})"
@@ -259,6 +270,7 @@ def install() -> None:
     pose_host()
     pose_triton()
     fake = fakes.Fake(fakes.build(Path(folder.name)))
+    machine.tell = fake._handle.fake_device
     from resm_kernels.linalg import cusolver
 
     found = cusolver._Found(fake.library, None)
@@ -355,21 +367,25 @@ def pose_host() -> None:
     ).copy_(x)
 
 
-def kernel_arguments(given: Sequence[torch.Tensor]) -> tuple[list[Block], list[Block]]:
-    """Blocks that a kernel on the current device reads, and those that it is taken to write: what
-    is fresh. Tables of addresses count as what they point to."""
-    reads: list[Block] = []
-    writes: list[Block] = []
+def check_kernel(given: Sequence[torch.Tensor]) -> None:
+    """What Triton raises, or CUDA, where a kernel's tensors are not on the current device."""
     for x in given:
         if not isinstance(x, Posing):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         if x.device.index != machine.current:
             raise RuntimeError(f"a kernel on device {machine.current} is given {x.device}")
-        (writes if x.block.unwritten else reads).append(x.block)
-        if x.dtype == torch.int64 and x.numel() <= MOST_ADDRESSES:
-            found = map(machine.at, x.inner.flatten().tolist())
-            reads += [block for block in found if block is not None]
-    return reads, writes
+
+
+def pointed(x: Posing) -> list[Block]:
+    """What a table of addresses points to."""
+    if x.dtype != torch.int64 or x.numel() > MOST_ADDRESSES:
+        return []
+    found = map(machine.at, x.inner.flatten().tolist())
+    return [block for block in found if block is not None]
+
+
+def bytes_of(x: Posing) -> torch.Tensor:
+    return x.inner.contiguous().view(-1).view(torch.uint8).clone()
 
 
 def pose_triton() -> None:
@@ -380,10 +396,16 @@ def pose_triton() -> None:
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        reads, writes = kernel_arguments(given)
+        check_kernel(given)
         with KERNEL:
-            machine.access(machine.current, reads, writes)
-            return plain(self, *tree_map(unposed, args), **tree_map(unposed, kwargs))
+            before = [bytes_of(x) for x in given]
+            done = plain(self, *tree_map(unposed, args), **tree_map(unposed, kwargs))
+            changed = [not torch.equal(b, bytes_of(x)) for b, x in zip(before, given, strict=True)]
+        writes = [x.block for x, wrote in zip(given, changed, strict=True) if wrote]
+        reads = [x.block for x, wrote in zip(given, changed, strict=True) if not wrote]
+        reads += [block for x in given for block in pointed(x)]
+        machine.access(machine.current, reads, writes)
+        return done
 
     interpreter.InterpretedFunction.run = run
     setattr(interpreter.InterpreterBuilder, DOWN_CAST.rpartition(".")[2], round_off)

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,8 @@ class Machine:
         self.change = threading.RLock()
         self.host: Clock = {}
         self.races: list[str] = []
+        self.tell: Callable[[int], object] = lambda device: None
+        """Who else has to know a thread's device."""
         self._guard: ctypes.CDLL | None = None
         self._own = threading.local()
         self._default: dict[int, Stream] = {}
@@ -158,6 +160,7 @@ class Machine:
         assert self._guard is not None
         assert 0 <= device < self.count
         self._guard.posing_set_device(device)
+        self.tell(device)
 
     def index(self, device: torch.device | int | str | None) -> int:
         if device is None:
