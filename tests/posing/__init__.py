@@ -104,11 +104,6 @@ class Posing(torch.Tensor):
 
     __array__ = numpy
 
-    def pin_memory(self, device: Any = None) -> torch.Tensor:
-        raise RuntimeError(
-            "cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned"
-        )
-
     def __repr__(self, **given: Any) -> str:
         return f"Posing({self.inner}, device={self.device})"
 
@@ -310,7 +305,6 @@ def faces() -> dict[str, Any]:
     return {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
-        "is_initialized": lambda: True,
         "device_count": lambda: machine.count,
         "current_device": lambda: machine.current,
         "set_device": lambda device: machine.set_current(machine.index(device)),

@@ -3,7 +3,8 @@
 Work is done when it is asked for, so nothing here is asynchronous; what is kept is what a device
 would be told. Every stream counts its operations, and has a clock: the last operation of every
 stream that is done before its next one, by the events it waited for. An access to memory that is
-not ordered after the accesses it depends on is a race, whichever came first this time.
+not ordered after the accesses it depends on is a race, whichever came first this time. The host has
+one clock for all its threads.
 """
 
 from __future__ import annotations
@@ -50,17 +51,9 @@ class Stream:
         with machine.change:
             merge(self.clock, other.now)
 
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.record(self)
-        return event
-
     def synchronize(self) -> None:
         with machine.change:
             merge(machine.host, self.now)
-
-    def query(self) -> bool:
-        return True
 
     @property
     def now(self) -> Clock:
@@ -81,15 +74,9 @@ class Event:
             self.clock = (stream or machine.current_stream()).now
         self.time = time.perf_counter()
 
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or machine.current_stream()).wait_event(self)
-
     def synchronize(self) -> None:
         with machine.change:
             merge(machine.host, self.clock)
-
-    def query(self) -> bool:
-        return True
 
     def elapsed_time(self, end: Event) -> float:
         assert self._timed
@@ -139,6 +126,7 @@ class Machine:
         self._guard: ctypes.CDLL | None = None
         self._own = threading.local()
         self._default: dict[int, Stream] = {}
+        self._streams: set[Stream] = set()  # those that did anything
         self._tables: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
         self.pinned: dict[int, Block] = {}
 
@@ -209,7 +197,7 @@ class Machine:
     def synchronize(self, device: Any = None) -> None:
         """The host waits for all streams that did anything."""
         with self.change:
-            for stream in STREAMS:
+            for stream in self._streams:
                 if stream.device.index == self.index(device):
                     merge(self.host, stream.now)
 
@@ -263,7 +251,7 @@ class Machine:
         """One operation on the current stream of a device; the host may wait for its end."""
         with self.change:
             stream = self.current_stream(device)
-            STREAMS.add(stream)
+            self._streams.add(stream)
             stream.count += 1
             merge(stream.clock, self.host)
             known = {**stream.clock, stream: stream.count}
@@ -301,6 +289,4 @@ class Machine:
         self.races.append("\n  ".join([what, *frames[-8:]]))
 
 
-STREAMS: weakref.WeakSet[Stream] = weakref.WeakSet()
-"""Those that did anything."""
 machine = Machine()
