@@ -74,6 +74,26 @@ def test_operands_in_different_places_are_refused(mixed: Callable[[], object]) -
         mixed()
 
 
+@pytest.mark.parametrize(
+    "varied",
+    [
+        lambda x, i: x.cumsum(0),
+        lambda x, i: x.scatter_add_(0, i, x.clone()),
+        lambda x, i: x.index_add(0, i, x),
+        lambda x, i: x.index_put_((i,), x.clone(), accumulate=True),
+        lambda x, i: x.kthvalue(2),
+    ],
+)
+def test_results_that_vary_from_run_to_run_are_refused(varied: Callable[..., object]) -> None:
+    with pytest.raises(AssertionError, match="varies from run to run"):
+        varied(here(4), torch.zeros(4, dtype=torch.long, device="cuda"))
+
+
+def test_integers_and_lines_side_by_side_may_be_summed_along() -> None:
+    assert here(3).int().cumsum(0).tolist() == [1, 2, 3]
+    assert here(2, 3).cumsum(-1).tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
 def test_numbers_and_indices_of_the_host_are_taken() -> None:
     x = here(3)
     assert (x * torch.tensor(2.0)).tolist() == [2.0] * 3

@@ -10,6 +10,7 @@ from resm_kernels.linalg import dispatch
 from resm_kernels.linalg.polar import NULL, PANEL_RANGE
 from resm_kernels.linalg.spectral import SpectralMerge
 from resm_kernels.linalg.subspace import GRAM_RANGE, Subspace, rank_tolerance
+from resm_kernels.ops.dtypes import powers_of_two
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _times_powers_of_two(stack: torch.Tensor, exponents: torch.Tensor) -> torch.
     """Every item times its own power of two, in two factors that float64 holds."""
     half = exponents // 2
     for power in (half, exponents - half):
-        stack = stack * torch.exp2(power.to(stack.dtype))
+        stack = stack * powers_of_two(power)
     return stack
 
 

@@ -108,7 +108,7 @@ def _quantile(matrix: torch.Tensor, rank: int) -> float:
     if steps > 1:
         beside = torch.stack(off[:-1], dim=1)
         tridiagonal += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal)
+    nodes, vectors = torch.linalg.eigh(tridiagonal.cpu())  # small; a GPU's cumsum varies
     weights = vectors[:, 0, :].square().flatten() / PROBES
     nodes, order = nodes.flatten().sort(descending=True)
     above = weights[order].cumsum(0)

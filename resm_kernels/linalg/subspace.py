@@ -232,5 +232,6 @@ def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
 def _kept(squares: torch.Tensor, total: float, limit: int, energy: float | None) -> int:
     if energy is None or limit <= 1:
         return limit
-    share = squares[:limit].cumsum(0) / total
+    # On the host: a GPU's running sum over several blocks rounds by chance.
+    share = squares[:limit].cpu().cumsum(0) / total
     return min(limit, int((share < energy).sum()) + 1)

@@ -40,6 +40,9 @@ WAITING = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "_unique2", 
 """Operations for whose result torch makes the host wait; eigh and svd read an info."""
 INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_"}
 """Operations that bring their second argument, indices, from the CPU to the device."""
+BY_CHANCE = {"bincount", "histc", "index_add", "kthvalue", "median", "put_", "scatter_add",
+             "scatter_reduce"}  # fmt: skip
+"""Operations that may give floats of other bytes in every run (`torch.use_deterministic_algorithms`)."""
 FACTORIES = ("empty.memory_format", "empty_strided", "eye", "eye.m", "arange", "arange.start",
              "arange.start_step", "linspace")  # fmt: skip
 COPYING = {"copy_", "_to_copy"}
@@ -119,6 +122,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     target = kwargs.get("device")
     target = posing[0].device if target is None else torch.device(target)
     check_places(func, name, args, kwargs)
+    check_repeatable(func, name, args, kwargs)
 
     reads, writes, pinned = accesses(func, name, args, kwargs)
     outer = {id(x.inner if isinstance(x, Posing) else x): x for x in leaves}
@@ -186,6 +190,16 @@ def check_places(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, An
             "Expected all tensors to be on the same device, but found at least two devices, "
             f"{' and '.join(sorted(map(str, places)))}! (in {name})"
         )
+
+
+def check_repeatable(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Fail where a device would not give the same bytes in every run."""
+    if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+        return
+    # A sum along one line is CUB's, which adds its blocks as they come; others have one order.
+    line = name.rstrip("_") == "cumsum" and args[0].numel() == args[0].shape[args[1]]
+    adds = name.startswith(("index_put", "_index_put")) and bool(args[3:] and args[3])
+    assert not (line or adds or name.rstrip("_") in BY_CHANCE), f"{func} varies from run to run"
 
 
 def accesses(
