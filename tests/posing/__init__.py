@@ -42,7 +42,7 @@ INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_"}
 """Operations that bring their second argument, indices, from the CPU to the device."""
 BY_CHANCE = {"bincount", "histc", "index_add", "kthvalue", "median", "put_", "scatter_add",
              "scatter_reduce"}  # fmt: skip
-"""Operations that may give floats of other bytes in every run (`torch.use_deterministic_algorithms`)."""
+"""Operations by which floats may vary from run to run (`torch.use_deterministic_algorithms`)."""
 FACTORIES = ("empty.memory_format", "empty_strided", "eye", "eye.m", "arange", "arange.start",
              "arange.start_step", "linspace")  # fmt: skip
 COPYING = {"copy_", "_to_copy"}
@@ -199,7 +199,8 @@ def check_repeatable(func: Any, name: str, args: Sequence[Any], kwargs: dict[str
     # A sum along one line is CUB's, which adds its blocks as they come; others have one order.
     line = name.rstrip("_") == "cumsum" and args[0].numel() == args[0].shape[args[1]]
     adds = name.startswith(("index_put", "_index_put")) and bool(args[3:] and args[3])
-    assert not (line or adds or name.rstrip("_") in BY_CHANCE), f"{func} varies from run to run"
+    varies = line or adds or name.rstrip("_") in BY_CHANCE
+    assert not varies, f"{func} varies from run to run"
 
 
 def accesses(
