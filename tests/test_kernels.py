@@ -309,11 +309,6 @@ def test_masked_norms_of_any_size(unit: float) -> None:
     assert mask_reference.masked_norms(given[0].double(), [expert.double()], given[2]) == found
 
 
-def test_powers_of_two_are_exact() -> None:
-    found = dtypes.powers_of_two(torch.arange(-1022, 1024, dtype=torch.int32))
-    assert found.tolist() == [math.ldexp(1.0, e) for e in range(-1022, 1024)]
-
-
 def test_masked_norms_of_no_entries_are_zero() -> None:
     assert masked_norms(torch.zeros(0), [torch.zeros(0)], [Mask(density=0.5)]) == [(0.0, 0.0)]
 

@@ -10,7 +10,6 @@ from resm_kernels.linalg import dispatch
 from resm_kernels.linalg.polar import NULL, PANEL_RANGE
 from resm_kernels.linalg.spectral import SpectralMerge
 from resm_kernels.linalg.subspace import GRAM_RANGE, Subspace, rank_tolerance
-from resm_kernels.ops.dtypes import powers_of_two
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,8 @@ def spectral_merge_batch(batch: SubspaceBatch, weights: torch.Tensor) -> list[Sp
 def _times_powers_of_two(stack: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     """Every item times its own power of two, in two factors that float64 holds."""
     half = exponents // 2
-    for power in (half, exponents - half):
-        stack = stack * powers_of_two(power)
+    for power in (half, exponents - half):  # from bits: a GPU's exp2 may err in the last place
+        stack = stack * ((power.long() + 1023) << 52).view(torch.float64)
     return stack
 
 

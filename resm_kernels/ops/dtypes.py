@@ -77,15 +77,6 @@ def scratch(count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(min(count, chunk_on(like.device.type)), dtype=dtype, device=like.device)
 
 
-def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
-    """2**e in float64, exact on every device and torch, for integers e in [-1022, 1023].
-
-    Made of bits: `torch.ldexp` of older versions passes through float32
-    (pytorch/pytorch#133267), and a GPU's exp2 may err in the last place.
-    """
-    return ((exponents.to(torch.int64) + 1023) << 52).view(torch.float64)
-
-
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether every value is finite: one reduction, which NaN and Inf both pass through.
 

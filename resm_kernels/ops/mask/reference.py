@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype, powers_of_two
+from resm_kernels.ops.dtypes import chunk_on, chunks, compute_dtype
 from resm_kernels.ops.mask.mask import BLOCK, FRACTION, Mask
 
 DIGIT = 16
@@ -137,7 +137,8 @@ def _block_sums(delta: torch.Tensor) -> list[float]:
     a = torch.nn.functional.pad(delta.abs(), (0, -delta.numel() % BLOCK)).view(-1, BLOCK)
     largest = (126, 127) if a.dtype == torch.float32 else (980, 981)
     exponent = (torch.frexp(a.amax(-1)).exponent - 1).clamp(-largest[1], largest[0])
-    unit = powers_of_two(FRACTION - exponent)
+    # 2**(FRACTION - exponent) from its bits: torch.ldexp of older versions passes through float32.
+    unit = ((FRACTION - exponent.long() + 1023) << 52).view(torch.float64)
     wide = a.double().mul_(unit[:, None]).floor_()
     return wide.sum(-1).div_(unit).tolist()
 
