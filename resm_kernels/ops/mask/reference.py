@@ -137,7 +137,7 @@ def _block_sums(delta: torch.Tensor) -> list[float]:
     a = torch.nn.functional.pad(delta.abs(), (0, -delta.numel() % BLOCK)).view(-1, BLOCK)
     largest = (126, 127) if a.dtype == torch.float32 else (980, 981)
     exponent = (torch.frexp(a.amax(-1)).exponent - 1).clamp(-largest[1], largest[0])
-    # 2**(FRACTION - exponent) from its bits: torch.ldexp of older versions passes through float32.
+    # 2**(FRACTION - exponent) from its bits, exact on every device.
     unit = ((FRACTION - exponent.long() + 1023) << 52).view(torch.float64)
     wide = a.double().mul_(unit[:, None]).floor_()
     return wide.sum(-1).div_(unit).tolist()
