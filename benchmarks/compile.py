@@ -134,9 +134,10 @@ def requested(arch: str) -> list[Launch]:
                     mask.masked_delta(base, base, masked and masked[0], out_dtype=out)
                     given = {"scale": 1.0, "out_dtype": out, "masks": masked}
                     consensus.weighted_deltas(base, experts, [1.0] * 2, **given)
-                    consensus.elected_deltas(
-                        base, experts, [1.0] * 2, elect="sum", mean=True, **given
-                    )
+                    for elect in ("sum", "count"):
+                        consensus.elected_deltas(
+                            base, experts, [1.0] * 2, elect=elect, mean=True, **given
+                        )
                     consensus.weighted_sum(experts, [1.0] * 2, out_dtype=out)
             for out, precision, rows in itertools.product(
                 DTYPES, ("tf32x3", "ieee", "tf32"), (64, 2048)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 2048
-"""Entries per program: one 16-byte load of bf16 per thread and input."""
+"""Entries per program: one 16-byte load per thread and input of bf16; half as many of fp32."""
 SUMMED = 4096
 """The same where a program's result is a sum; it fixes the summation tree on every card."""
 WARPS = 8
@@ -17,6 +17,8 @@ EXACT = {"enable_fp_fusion": False}
 """Compile option: a product and a sum round twice, as in plain torch, so the bytes are the same."""
 EVEN = 16
 """A count of whole groups of this many entries lets masked loads be 16 bytes wide."""
+AHEAD = tl.constexpr(4)
+"""Experts whose blocks are read before the first of them is used."""
 LARGEST_UNIT = tl.constexpr(253 << 23)
 """Bits of 2**126, the largest power of two whose inverse is a normal float32."""
 
@@ -52,6 +54,24 @@ def expert_of(expert_table, t, base_ptr):
 
 
 @triton.jit
+def expert_block(expert_table, t, experts, base_ptr, first, lanes, inside):
+    """A block of expert t in its own dtype, zero outside the tensor and past the last expert."""
+    ptr = expert_of(expert_table, tl.minimum(t, experts - 1), base_ptr)
+    return tl.load(ptr + first + lanes, mask=inside & (t < experts), other=0.0)
+
+
+@triton.jit
+def blocks_ahead(expert_table, t, experts, base_ptr, first, lanes, inside):
+    """The blocks of experts t to t + AHEAD - 1, under way at the same time."""
+    return (
+        expert_block(expert_table, t, experts, base_ptr, first, lanes, inside),
+        expert_block(expert_table, t + 1, experts, base_ptr, first, lanes, inside),
+        expert_block(expert_table, t + 2, experts, base_ptr, first, lanes, inside),
+        expert_block(expert_table, t + 3, experts, base_ptr, first, lanes, inside),
+    )
+
+
+@triton.jit
 def unit_of(largest):
     """Bits of the largest power of two in a magnitude, and the inverse of that power."""
     bits = tl.minimum(largest.to(tl.int32, bitcast=True) & 0x7F800000, LARGEST_UNIT)
@@ -68,10 +88,10 @@ def launch(
 ) -> None:
     """Run an element-wise kernel over `count` entries, on the device of its first argument.
 
-    An uneven count takes a pointer per entry, hence half the entries per program.
+    An uneven count takes a pointer per entry, hence half the entries per program as well.
     """
     even = count % EVEN == 0
-    block = block or (BLOCK if even else BLOCK // 2)
+    block = block or (BLOCK if even and first.element_size() == 2 else BLOCK // 2)
     constants |= {"EVEN": even, "BLOCK": block, "num_warps": WARPS, **EXACT}
     with torch.cuda.device_of(first):  # Triton launches on the current device
         kernel[(triton.cdiv(count, block),)](first, *others, **constants)

@@ -9,10 +9,13 @@ import triton
 import triton.language as tl
 
 from resm_kernels.ops.consensus.reference import NO_WEIGHT, Election
-from resm_kernels.ops.elementwise import block_of, expert_of, launch, load
+from resm_kernels.ops.elementwise import AHEAD, block_of, blocks_ahead, launch, load
 from resm_kernels.ops.launch import addresses, flat_inputs
 from resm_kernels.ops.mask.kernel import FLOATS, INTS, mask_tables, masked
 from resm_kernels.ops.mask.mask import Mask
+
+MOST_REGISTERS: dict[str, int] = {} if torch.version.hip else {"maxnreg": 128}
+"""Room for two programs on a processor; told nothing, ptxas spills a word to fit one more."""
 
 
 @triton.jit(do_not_specialize=["count", "experts"])
@@ -38,22 +41,26 @@ def _sum_kernel(
     if DELTAS:
         base = load(base_ptr + first, lanes, inside)
     total = tl.zeros([BLOCK], tl.float32)
-    for t in range(experts):
-        value = load(expert_of(expert_table, t, base_ptr) + first, lanes, inside) - base  # [BLOCK]
-        floats = floats_ptr + FLOATS * t
-        if MASKED:
-            total += masked(value, first, lanes, floats, ints_ptr + INTS * t, DROP, BLOCK)
-        elif DELTAS:
-            total += value * tl.load(floats + 4)
-        else:
-            total = tl.fma(value, tl.load(floats + 4), total)
+    for start in range(0, experts, AHEAD):
+        ahead = blocks_ahead(expert_table, start, experts, base_ptr, first, lanes, inside)
+        for i in tl.static_range(AHEAD):
+            t = start + i
+            if t < experts:
+                value = ahead[i].to(tl.float32) - base  # [BLOCK]
+                floats = floats_ptr + FLOATS * t
+                if MASKED:
+                    total += masked(value, first, lanes, floats, ints_ptr + INTS * t, DROP, BLOCK)
+                elif DELTAS:
+                    total += value * tl.load(floats + 4)
+                else:
+                    total = tl.fma(value, tl.load(floats + 4), total)
     total = tl.div_rn(total, divisor)
     if DELTAS:
         total = total * scale + base
     tl.store(out_ptr + first + lanes, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "experts", "by_count", "mean"])
+@triton.jit(do_not_specialize=["count", "experts", "mean"])
 def _elect_kernel(
     base_ptr,
     expert_table,
@@ -62,10 +69,10 @@ def _elect_kernel(
     ints_ptr,
     count: tl.int64,
     experts: tl.int32,
-    by_count: tl.int32,
     mean: tl.int32,
     scale: tl.float32,
     no_weight: tl.float32,
+    BY_COUNT: tl.constexpr,
     MASKED: tl.constexpr,
     DROP: tl.constexpr,
     EVEN: tl.constexpr,
@@ -79,21 +86,28 @@ def _elect_kernel(
     falling = tl.zeros([BLOCK], tl.float32)
     rising_weight = tl.zeros([BLOCK], tl.float32)
     falling_weight = tl.zeros([BLOCK], tl.float32)
-    for t in range(experts):
-        delta = load(expert_of(expert_table, t, base_ptr) + first, lanes, inside) - base
-        floats = floats_ptr + FLOATS * t
-        weight = tl.load(floats + 4)
-        if MASKED:
-            delta = masked(delta, first, lanes, floats, ints_ptr + INTS * t, DROP, BLOCK)
-        else:
-            delta = delta * weight
-        sign = tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, 0.0))
-        vote += tl.where(by_count != 0, sign, delta)
-        # Not tl.maximum and tl.minimum, which pass over NaN.
-        rising += tl.where(delta < 0.0, 0.0, delta)
-        falling += tl.where(delta > 0.0, 0.0, delta)
-        rising_weight += tl.where(delta > 0.0, weight, 0.0)
-        falling_weight += tl.where(delta < 0.0, weight, 0.0)
+    for start in range(0, experts, AHEAD):
+        ahead = blocks_ahead(expert_table, start, experts, base_ptr, first, lanes, inside)
+        for i in tl.static_range(AHEAD):
+            t = start + i
+            if t < experts:
+                delta = ahead[i].to(tl.float32) - base
+                floats = floats_ptr + FLOATS * t
+                weight = tl.load(floats + 4)
+                if MASKED:
+                    delta = masked(delta, first, lanes, floats, ints_ptr + INTS * t, DROP, BLOCK)
+                else:
+                    delta = delta * weight
+                if BY_COUNT:
+                    vote += tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, 0.0))
+                else:
+                    vote += delta
+                # Not tl.maximum and tl.minimum, which pass over NaN.
+                rising += tl.where(delta < 0.0, 0.0, delta)
+                falling += tl.where(delta > 0.0, 0.0, delta)
+                if mean != 0:
+                    rising_weight += tl.where(delta > 0.0, weight, 0.0)
+                    falling_weight += tl.where(delta < 0.0, weight, 0.0)
     total = tl.where(vote >= 0.0, rising, falling)
     divisor = tl.where(vote >= 0.0, rising_weight, falling_weight)
     divisor = tl.where((mean != 0) & (tl.abs(divisor) >= no_weight), divisor, 1.0)
@@ -154,7 +168,8 @@ def elected_deltas(
     return _combine(
         _elect_kernel,
         *(base, experts, weights, masks, out_dtype),
-        scalars=(int(elect == "count"), int(mean), scale, NO_WEIGHT),
+        scalars=(int(mean), scale, NO_WEIGHT),
+        BY_COUNT=elect == "count",
     )
 
 
@@ -181,6 +196,7 @@ def _combine(
         *(addresses(flat), out, *tables, count, len(flat), *scalars),
         MASKED=masks is not None,
         DROP=masks is not None and any(mask.density < 1.0 for mask in masks),
+        **MOST_REGISTERS,
         **constants,
     )
     return out
