@@ -58,8 +58,8 @@ def kept_at_random(first, keep_below, key0, key1, BLOCK: tl.constexpr):
 @triton.jit
 def masked(delta, first, lanes, floats_ptr, ints_ptr, DROP: tl.constexpr, BLOCK: tl.constexpr):
     """The masked and weighted delta of the block that begins at entry `first`."""
-    # By what goes, not by what stays: NaN is kept, and found in the result. One branch for the whole
-    # block costs less than a comparison for every entry.
+    # By what goes, not by what stays: NaN is kept, and found in the result. A branch for the block
+    # costs less than a comparison for every entry.
     a = tl.abs(delta)
     floor, threshold = tl.load(floats_ptr), tl.load(floats_ptr + 1)
     clip, ceiling = tl.load(floats_ptr + 2), tl.load(floats_ptr + 5)
