@@ -80,8 +80,13 @@ class Comparison:
     not_in_base: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data for JSON, which has no infinite numbers: None in their place."""
+        found = asdict(self)
+        for distance in found["tensors"]:
+            for name, value in distance.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    distance[name] = None
+        return found
 
 
 def compare_checkpoints(
