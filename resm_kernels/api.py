@@ -484,7 +484,9 @@ def draw_report(path: Model, output: Model | None = None) -> Path:
     report = MergeReport.from_dict(unseal(source))
     try:
         page = merge_page(report)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+    ) as error:  # fmt: skip
         raise VerificationError(f"{source}: not the report of a merge: {error!r}") from error
     target = Path(path) / PAGE if output is None else Path(output)
     write_file(target, seal_text(page))
