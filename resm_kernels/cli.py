@@ -53,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, UnicodeError, MemoryError) as error:
         print(f"resm: {type(error).__name__}: {_printable(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:  # what torch raises where memory runs out on the CPU
+        from resm_kernels.methods import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        print(f"resm: memory ran out: {_printable(error)}", file=sys.stderr)
+        return 1
 
 
 def _printable(error: Exception) -> str:

@@ -178,6 +178,12 @@ class Run:
             for sink in self.sinks:
                 for shard in sink.shards.values():
                     shard.close()
+        if isinstance(self.error, RuntimeError) and out_of_memory(self.error):
+            raise ResmError(
+                "memory ran out",
+                got=str(self.error).partition("\n")[0],
+                fix="free memory, or set a smaller --memory-budget; then --resume",
+            ) from self.error
         if self.error is not None:
             raise self.error
 
