@@ -305,7 +305,8 @@ def _merge(options: argparse.Namespace) -> int:
     from resm_kernels.report.tables import machine_dict, machine_facts, plan_table, report_table
 
     executor = _executor(options)
-    made = api.plan(**_what(options), **_how(options), executor=executor)
+    what = _what(options, options.method, options.lambda_)
+    made = api.plan(**what, **_how(options), executor=executor)
     if options.dry_run:
         with _rehearsal([made], options) as (space, rates):
             if options.json:
@@ -336,11 +337,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
     methods = _listed("--method", options.method, "names such as resm,tsvm")
     lambdas = [*map(_number, _listed("--lambda", options.lambda_, NUMBERS))]
-    options.method = options.lambda_ = None
-    what = _what(options)
-    what.pop("method", None)
     executor = _executor(options)
-    given = {**what, **_how(options), "executor": executor}
+    given = {**_what(options), **_how(options), "executor": executor}
     made = api.plan_sweep(methods=methods, lambdas=lambdas, **given)
     if options.dry_run:
         plans = [*made.values()]
@@ -414,16 +412,18 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in (*names, *more)}
 
 
-def _what(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `api.plan` that say what to merge."""
+def _what(
+    options: argparse.Namespace, method: str | None = None, lambda_: float | None = None
+) -> dict[str, Any]:
+    """The arguments of `api.plan` that say what to merge, by the method and lambda of `merge`."""
     from resm_kernels.recipe import parse_yaml
 
     inline = {
         "--base": options.base,
         "--expert": options.expert,
         "--weight": options.weight,
-        "--method": options.method,
-        "--lambda": options.lambda_,
+        "--method": method,
+        "--lambda": lambda_,
         "--param": options.param,
         "--out-dtype": options.out_dtype,
     }
@@ -451,12 +451,12 @@ def _what(options: argparse.Namespace) -> dict[str, Any]:
         except RecipeError as error:
             reason = "; ".join(error.mistakes)
             raise UsageError(f"--param {name}: not a value: {value!r}", got=reason) from error
-    if options.lambda_ is not None:
-        parameters["lambda"] = options.lambda_
+    if lambda_ is not None:
+        parameters["lambda"] = lambda_
     return {
         "base": options.base,
         "experts": options.expert,
-        "method": options.method or "resm",
+        **({"method": method} if method else {}),
         "weights": options.weight,
         "parameters": parameters,
         "out_dtype": options.out_dtype,
@@ -479,8 +479,9 @@ def _rehearsal(
 
     output = absolute(Path(options.paths[-1]))
     folders = [folder for plan in plans for folder in plan.input_folders]
-    several = options.command == "sweep" and options.resume
-    check_output(output, folders, resume=options.resume, several=several)
+    several = options.command == "sweep"
+    resume = several or options.resume  # each output of a sweep has a .partial of its own
+    check_output(output, folders, resume=resume, several=several and options.resume)
     layouts = [layout for plan in plans for layout in plan.layouts]
     here = options.executor == "local"
     yield disk_space(layouts, output), load_rates() if here else None
