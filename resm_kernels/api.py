@@ -630,7 +630,7 @@ def merge_state_dicts(
             recipe.method_for(name).name,
             weights=recipe.weights(name, positions[name]),
             parameters={k.rstrip("_"): v for k, v in vars(options).items()},
-            out_dtype=getattr(torch, recipe.out_dtype) if recipe.out_dtype in OUT_DTYPES else None,
+            out_dtype=OUT_DTYPES[recipe.out_dtype].torch if recipe.out_dtype else None,
             name=name,
             config=config,
         )

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from resm_kernels.checkpoint.dtypes import DTYPES, OUT_DTYPES, DType
+from resm_kernels.checkpoint.dtypes import BY_TORCH, OUT_DTYPES, DType
 from resm_kernels.checkpoint.files import canonical_json
 from resm_kernels.checkpoint.hub import ADAPTER_WEIGHTS, ModelReference, locate
 from resm_kernels.checkpoint.journal import OutputFolder, absolute, check_output
@@ -382,10 +382,10 @@ def _out_dtype(adapters: Sequence[Adapter], name: str | None) -> DType:
     if name is not None:
         if name not in OUT_DTYPES:
             raise UsageError(f"out_dtype: got {name!r}", expected=f"one of {', '.join(OUT_DTYPES)}")
-        return DTYPES[OUT_DTYPES[name]]
+        return OUT_DTYPES[name]
     infos = [i for a in adapters for pair in a.pairs.values() for i in (pair.a, pair.b)]
     widest = functools.reduce(torch.promote_types, (info.dtype.torch for info in infos))
-    return next(dtype for dtype in DTYPES.values() if dtype.torch == widest)
+    return BY_TORCH[widest]
 
 
 def _config(first: Adapter, rank: int, names: Sequence[str]) -> dict[str, Any]:
