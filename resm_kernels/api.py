@@ -123,7 +123,6 @@ allow_extra
     """
     if output is None:
         raise UsageError("merge: no output folder given")
-    executor = find_executor(executor)
     made = plan(
         base,
         experts,
@@ -246,7 +245,6 @@ def sweep(
     """
     if output is None:
         raise UsageError("sweep: no output folder given")
-    executor = find_executor(executor)
     made = plan_sweep(
         base,
         experts,
