@@ -383,8 +383,14 @@ def _content(what: str, recipe: Model | Recipe | None, inline: _Inline) -> tuple
     base, experts, weights, parameters, out_dtype, method = inline
     if base is None or not experts:
         raise UsageError(f"{what}: give base and experts, or a recipe")
+    _check_list(what, experts)
     found = recipe_content(base, experts, method or "resm", weights, parameters, out_dtype)
     return found, what
+
+
+def _check_list(what: str, experts: object) -> None:
+    if isinstance(experts, str | bytes | os.PathLike):
+        raise UsageError(f"{what}: experts is one path, {experts!r}", expected="a list of models")
 
 
 def recipe_content(
@@ -396,8 +402,6 @@ def recipe_content(
     out_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Arguments as the recipe they stand for, in the YAML dialect; not checked yet."""
-    if isinstance(experts, str | bytes | os.PathLike):
-        raise UsageError(f"merge: experts is one path, {experts!r}", expected="a list of models")
     if weights is not None and len(weights) != len(experts):
         raise UsageError(
             "merge: one weight per expert",
@@ -452,6 +456,7 @@ def inspect(base: Model, experts: Sequence[Model], *, rank: bool = False) -> Ins
     CheckpointError
         Where one of them cannot be read.
     """
+    _check_list("inspect", experts)
     models = [ModelReference(os.fspath(expert)) for expert in experts]
     return inspect_experts(ModelReference(os.fspath(base)), models, rank=rank)
 

@@ -332,6 +332,12 @@ def test_refusals(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="no output folder"):
         resm_kernels.sweep(base, experts, lambdas=[1, 2])
+    for call in (
+        lambda: resm_kernels.sweep(base, str(experts[0]), tmp_path / "o", lambdas=[1, 2]),
+        lambda: resm_kernels.inspect(base, str(experts[0])),
+    ):
+        with pytest.raises(UsageError, match=r"^(sweep|inspect): experts is one path"):
+            call()
     with pytest.raises(OutputError, match="lies in the input folder"):
         resm_kernels.sweep(base, experts, base / "out", lambdas=[1, 2])
     assert not (base / "out").exists()
