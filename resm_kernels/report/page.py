@@ -445,7 +445,7 @@ def flag(severity: Severity, head: str, text: str) -> str:
     )
 
 
-def shown(items: Sequence[str], most: int) -> list[str]:
-    """The first items, and how many more there are."""
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return [*items[:most], *more]
+def some(names: Sequence[str], most: int, width: int) -> str:
+    """The first names, cut to a width, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(plain(name, width) for name in names[:most]) + more
