@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from resm_kernels import __version__
-from resm_kernels.errors import RecipeError, ResmError, UsageError
+from resm_kernels.errors import RecipeError, ResmError, UsageError, printable
 
 if TYPE_CHECKING:
     from resm_kernels.engine.executor import Executor
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ResmError as error:
-        print(f"resm: {_printable(error)}", file=sys.stderr)
+        print(f"resm: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("resm: interrupted", file=sys.stderr)
@@ -51,20 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, UnicodeError, MemoryError) as error:
-        print(f"resm: {type(error).__name__}: {_printable(error)}", file=sys.stderr)
+        print(f"resm: {type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         return 1
     except RuntimeError as error:  # what torch raises where memory runs out on the CPU
         from resm_kernels.methods import out_of_memory
 
         if not out_of_memory(error):
             raise
-        print(f"resm: memory ran out: {_printable(error)}", file=sys.stderr)
+        print(f"resm: memory ran out: {printable(str(error))}", file=sys.stderr)
         return 1
-
-
-def _printable(error: Exception) -> str:
-    """An error's text in which names from files cannot command the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
 
 
 def build_parser() -> argparse.ArgumentParser:

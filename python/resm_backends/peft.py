@@ -25,7 +25,13 @@ from resm_kernels.checkpoint.files import canonical_json
 from resm_kernels.checkpoint.hub import ADAPTER_WEIGHTS, ModelReference, locate
 from resm_kernels.checkpoint.journal import OutputFolder, absolute, check_output
 from resm_kernels.checkpoint.layout import TensorInfo
-from resm_kernels.checkpoint.lora import PREFIX, Adapter, read_adapter, read_factors
+from resm_kernels.checkpoint.lora import (
+    PREFIX,
+    Adapter,
+    adapter_folder,
+    read_adapter,
+    read_factors,
+)
 from resm_kernels.checkpoint.reader import ADAPTER_CONFIG, read_tensor
 from resm_kernels.checkpoint.writer import ShardFile, lay_out_shards
 from resm_kernels.errors import CheckpointError, NonFiniteError, UsageError
@@ -34,6 +40,7 @@ from resm_kernels.methods import find_method
 from resm_kernels.methods.arithmetic import TaskArithmeticOptions, divisor_of
 from resm_kernels.methods.spectral import ResmOptions, TruncatingOptions, choose
 from resm_kernels.ops.delta_stats import DeltaStats
+from resm_kernels.ops.dtypes import chunks
 
 __all__ = ["AdapterMerge", "MergedModule", "merge_adapters"]
 
@@ -270,8 +277,8 @@ def factored_stats(delta: FactoredDelta, *, sigma: float, noise_floor: float) ->
     left, right = delta.left.double(), delta.right.double()
 
     def panels() -> Iterator[torch.Tensor]:
-        for start in range(0, m, max(1, PANEL // max(n, 1))):
-            yield (left[start : start + max(1, PANEL // max(n, 1))] @ right.T).abs_()
+        for rows in chunks(m, max(1, PANEL // max(n, 1))):
+            yield (left[rows] @ right.T).abs_()
 
     total = squares = largest = 0.0
     zeros = 0
@@ -296,7 +303,7 @@ def factored_stats(delta: FactoredDelta, *, sigma: float, noise_floor: float) ->
 
 def _open(adapter: str | os.PathLike[str]) -> Adapter:
     path = locate(ModelReference(os.fspath(adapter)), adapter=True)
-    found = read_adapter(path.parent if path.name in ADAPTER_WEIGHTS else path, os.fspath(adapter))
+    found = read_adapter(adapter_folder(path), os.fspath(adapter))
     if found.full:
         raise CheckpointError(
             f"{adapter}: replaces {len(found.full)} tensors (modules_to_save, trained biases)",

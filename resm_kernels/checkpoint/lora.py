@@ -177,7 +177,7 @@ def open_model(reference: ModelReference, base: Checkpoint) -> Checkpoint | Adap
     """
     named = reference.with_adapter
     if named is None:
-        folder = _adapter_folder(locate(reference))
+        folder = adapter_folder(locate(reference))
         try:
             adapter = is_adapter(folder)
         except OSError as error:
@@ -191,10 +191,11 @@ def open_model(reference: ModelReference, base: Checkpoint) -> Checkpoint | Adap
             fix="merge the adapter into its base and name that folder; "
             "or name the adapter alone, where the two are one model",
         )
-    return open_adapter(reference, _adapter_folder(locate(named[1], adapter=True)), base)
+    return open_adapter(reference, adapter_folder(locate(named[1], adapter=True)), base)
 
 
-def _adapter_folder(path: Path) -> Path:
+def adapter_folder(path: Path) -> Path:
+    """The folder of an adapter that is named by its folder or by its file of weights."""
     return path.parent if path.name in ADAPTER_WEIGHTS else path
 
 

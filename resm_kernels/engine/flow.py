@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 
 from resm_kernels.checkpoint.writer import ShardFile
-from resm_kernels.engine.lanes import PREFETCH, CudaLane, Lane, Mark, StagedLane, Value
+from resm_kernels.engine.lanes import PREFETCH, CudaLane, Lane, Mark, StagedLane
 from resm_kernels.engine.ledger import Bid, Ledger
-from resm_kernels.engine.matching import Key
+from resm_kernels.engine.matching import Key, Value
 from resm_kernels.engine.merging import Loaded, merge_planned
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, host_memory
 from resm_kernels.engine.result import Measures, TensorResult

@@ -20,6 +20,8 @@ from resm_kernels.linalg import FactoredDelta
 
 Key = tuple[str, str]
 """What tells inputs apart: the file, and the tensor in it."""
+Value = torch.Tensor | FactoredDelta
+"""An input as it is read."""
 
 
 @dataclass(frozen=True)
