@@ -123,7 +123,6 @@ allow_extra
     """
     if output is None:
         raise UsageError("merge: no output folder given")
-    executor = find_executor(executor)
     made = plan(
         base,
         experts,
@@ -246,7 +245,6 @@ def sweep(
     """
     if output is None:
         raise UsageError("sweep: no output folder given")
-    executor = find_executor(executor)
     made = plan_sweep(
         base,
         experts,
@@ -385,8 +383,14 @@ def _content(what: str, recipe: Model | Recipe | None, inline: _Inline) -> tuple
     base, experts, weights, parameters, out_dtype, method = inline
     if base is None or not experts:
         raise UsageError(f"{what}: give base and experts, or a recipe")
+    _check_list(what, experts)
     found = recipe_content(base, experts, method or "resm", weights, parameters, out_dtype)
     return found, what
+
+
+def _check_list(what: str, experts: object) -> None:
+    if isinstance(experts, str | bytes | os.PathLike):
+        raise UsageError(f"{what}: experts is one path, {experts!r}", expected="a list of models")
 
 
 def recipe_content(
@@ -398,8 +402,6 @@ def recipe_content(
     out_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Arguments as the recipe they stand for, in the YAML dialect; not checked yet."""
-    if isinstance(experts, str | bytes | os.PathLike):
-        raise UsageError(f"merge: experts is one path, {experts!r}", expected="a list of models")
     if weights is not None and len(weights) != len(experts):
         raise UsageError(
             "merge: one weight per expert",
@@ -454,6 +456,7 @@ def inspect(base: Model, experts: Sequence[Model], *, rank: bool = False) -> Ins
     CheckpointError
         Where one of them cannot be read.
     """
+    _check_list("inspect", experts)
     models = [ModelReference(os.fspath(expert)) for expert in experts]
     return inspect_experts(ModelReference(os.fspath(base)), models, rank=rank)
 
@@ -484,7 +487,9 @@ def draw_report(path: Model, output: Model | None = None) -> Path:
     report = MergeReport.from_dict(unseal(source))
     try:
         page = merge_page(report)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+    ) as error:  # fmt: skip
         raise VerificationError(f"{source}: not the report of a merge: {error!r}") from error
     target = Path(path) / PAGE if output is None else Path(output)
     write_file(target, seal_text(page))
@@ -628,7 +633,7 @@ def merge_state_dicts(
             recipe.method_for(name).name,
             weights=recipe.weights(name, positions[name]),
             parameters={k.rstrip("_"): v for k, v in vars(options).items()},
-            out_dtype=getattr(torch, recipe.out_dtype) if recipe.out_dtype in OUT_DTYPES else None,
+            out_dtype=OUT_DTYPES[recipe.out_dtype].torch if recipe.out_dtype else None,
             name=name,
             config=config,
         )

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from resm_kernels import __version__
-from resm_kernels.errors import RecipeError, ResmError, UsageError
+from resm_kernels.errors import RecipeError, ResmError, UsageError, printable
 
 if TYPE_CHECKING:
     from resm_kernels.engine.executor import Executor
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ResmError as error:
-        print(f"resm: {_printable(error)}", file=sys.stderr)
+        print(f"resm: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("resm: interrupted", file=sys.stderr)
@@ -51,13 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, UnicodeError, MemoryError) as error:
-        print(f"resm: {type(error).__name__}: {_printable(error)}", file=sys.stderr)
+        print(f"resm: {type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         return 1
+    except RuntimeError as error:  # what torch raises where memory runs out on the CPU
+        from resm_kernels.methods import out_of_memory
 
-
-def _printable(error: Exception) -> str:
-    """An error's text in which names from files cannot command the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
+        if not out_of_memory(error):
+            raise
+        print(f"resm: memory ran out: {printable(str(error))}", file=sys.stderr)
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -298,7 +300,8 @@ def _merge(options: argparse.Namespace) -> int:
     from resm_kernels.report.tables import machine_dict, machine_facts, plan_table, report_table
 
     executor = _executor(options)
-    made = api.plan(**_what(options), **_how(options), executor=executor)
+    what = _what(options, options.method, options.lambda_)
+    made = api.plan(**what, **_how(options), executor=executor)
     if options.dry_run:
         with _rehearsal([made], options) as (space, rates):
             if options.json:
@@ -329,11 +332,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
     methods = _listed("--method", options.method, "names such as resm,tsvm")
     lambdas = [*map(_number, _listed("--lambda", options.lambda_, NUMBERS))]
-    options.method = options.lambda_ = None
-    what = _what(options)
-    what.pop("method", None)
     executor = _executor(options)
-    given = {**what, **_how(options), "executor": executor}
+    given = {**_what(options), **_how(options), "executor": executor}
     made = api.plan_sweep(methods=methods, lambdas=lambdas, **given)
     if options.dry_run:
         plans = [*made.values()]
@@ -407,16 +407,18 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in (*names, *more)}
 
 
-def _what(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `api.plan` that say what to merge."""
+def _what(
+    options: argparse.Namespace, method: str | None = None, lambda_: float | None = None
+) -> dict[str, Any]:
+    """The arguments of `api.plan` that say what to merge, by the method and lambda of `merge`."""
     from resm_kernels.recipe import parse_yaml
 
     inline = {
         "--base": options.base,
         "--expert": options.expert,
         "--weight": options.weight,
-        "--method": options.method,
-        "--lambda": options.lambda_,
+        "--method": method,
+        "--lambda": lambda_,
         "--param": options.param,
         "--out-dtype": options.out_dtype,
     }
@@ -444,12 +446,12 @@ def _what(options: argparse.Namespace) -> dict[str, Any]:
         except RecipeError as error:
             reason = "; ".join(error.mistakes)
             raise UsageError(f"--param {name}: not a value: {value!r}", got=reason) from error
-    if options.lambda_ is not None:
-        parameters["lambda"] = options.lambda_
+    if lambda_ is not None:
+        parameters["lambda"] = lambda_
     return {
         "base": options.base,
         "experts": options.expert,
-        "method": options.method or "resm",
+        **({"method": method} if method else {}),
         "weights": options.weight,
         "parameters": parameters,
         "out_dtype": options.out_dtype,
@@ -472,8 +474,9 @@ def _rehearsal(
 
     output = absolute(Path(options.paths[-1]))
     folders = [folder for plan in plans for folder in plan.input_folders]
-    several = options.command == "sweep" and options.resume
-    check_output(output, folders, resume=options.resume, several=several)
+    several = options.command == "sweep"
+    resume = several or options.resume  # each output of a sweep has a .partial of its own
+    check_output(output, folders, resume=resume, several=several and options.resume)
     layouts = [layout for plan in plans for layout in plan.layouts]
     here = options.executor == "local"
     yield disk_space(layouts, output), load_rates() if here else None

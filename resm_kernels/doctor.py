@@ -7,11 +7,15 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from resm_kernels import __version__
 from resm_kernels.engine.memory import available_memory
 from resm_kernels.engine.options import usable_cores
+from resm_kernels.engine.rates import load_rates
 from resm_kernels.linalg import cusolver
 from resm_kernels.linalg.crossover import committed_tables, table_for
+from resm_kernels.ops.launch import OLDEST_TRITON, has_triton, triton_version
 
 PACKAGES = (
     "torch",
@@ -29,10 +33,6 @@ UNMEASURED = "not yet measured on this card"
 
 def diagnose() -> dict[str, Any]:
     """Versions, devices, optional parts and where each part of a merge will run."""
-    import torch
-
-    from resm_kernels.engine.rates import load_rates
-
     rates = load_rates()
     devices = [
         {
@@ -78,8 +78,6 @@ def measured(cards: Sequence[str]) -> str:
 
 
 def _kernels() -> str:
-    from resm_kernels.ops.launch import OLDEST_TRITON, has_triton, triton_version
-
     if not has_triton():
         needed, found = ".".join(map(str, OLDEST_TRITON)), triton_version() or "none"
         return f"torch, also on a GPU: kernels need triton {needed} or newer, found {found}"

@@ -53,6 +53,11 @@ def _again(kind: type[ResmError], args: tuple[Any, ...], state: dict[str, Any]) 
     return error
 
 
+def printable(text: str) -> str:
+    """A text in which names from files cannot command a terminal or a browser."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def _cut(text: str, most: int = MAX_TEXT) -> str:
     """Names of 100 MB are legal in a checkpoint, and nobody reads them."""
     if len(text) <= most:

@@ -179,7 +179,7 @@ class Recipe:
         return self.method_for(tensor).make_options(values, len(self.experts))
 
     def values(self, tensor: str, position: float) -> dict[str, Any]:
-        """The values of these options by name, as the recipe has them."""
+        """The values of the tensor's options by name, as the recipe has them."""
         override = self._override(tensor)
         scopes = (override.parameters, self.parameters)
         return {
@@ -402,9 +402,10 @@ def build_recipe(content: object, source: str) -> Recipe:
 
     method = _method(content.get("merge_method"), "merge_method", mistakes)
     overrides = _overrides(content.get("overrides"), method, mistakes)
-    named = [*([] if method is None else [method.name]), *(o.method for o in overrides)]
-    methods = [METHODS[name] for name in dict.fromkeys(named)]
-    base = _reference(content.get("base_model"), "base_model", mistakes, optional=True)
+    used = [*([] if method is None else [method.name]), *(o.method for o in overrides)]
+    methods = [METHODS[name] for name in dict.fromkeys(used)]
+    named = content.get("base_model")
+    base = None if named is None else _reference(named, "base_model", mistakes)
     elsewhere = "models" not in content and not content.keys().isdisjoint(("slices", "modules"))
     experts = [] if elsewhere else _experts(content.get("models"), methods, mistakes)
     parameters = _parameters(content.get("parameters"), methods, "parameters", mistakes)
@@ -413,7 +414,10 @@ def build_recipe(content: object, source: str) -> Recipe:
             mistakes.add("lambda", "stands at the top and under parameters: keep one")
         else:
             parameters.update(_parameters({"lambda": content["lambda"]}, methods, "", mistakes))
-    tokenizer_source = _tokenizer_source(content.get("tokenizer_source"), mistakes)
+    tokenizer_source = content.get("tokenizer_source")
+    if tokenizer_source is not None:
+        expected = "base, union or a model"
+        tokenizer_source = _text(tokenizer_source, "tokenizer_source", expected, mistakes)
     out_dtype = None
     for key in ("dtype", "out_dtype"):
         value = content.get(key)
@@ -424,7 +428,7 @@ def build_recipe(content: object, source: str) -> Recipe:
             )
         out_dtype = value if value is not None else out_dtype
 
-    if method is not None and content.get("base_model") is None:
+    if method is not None and named is None:
         changing = next((m for m in methods if m.uses_base), None)
         if changing is not None:
             mistakes.add("base_model", f"missing; {changing.name} merges changes against a base")
@@ -441,7 +445,7 @@ def build_recipe(content: object, source: str) -> Recipe:
         parameters,
         out_dtype,
         tokenizer_source,
-        content.get("base_model") is not None,
+        named is not None,
         overrides,
         tuple(mistakes.ignored),
     )
@@ -547,23 +551,15 @@ def _overrides(
     return tuple(overrides)
 
 
-def _reference(
-    value: object, where: str, mistakes: _Mistakes, *, optional: bool = False
-) -> ModelReference | None:
-    if value is None and optional:
-        return None
-    if isinstance(value, str) and value.strip() and "\0" not in value:
-        return ModelReference(value.strip())
-    mistakes.add(where, f"got {value!r}, expected a path or a Hub id org/name[@revision]")
-    return None
+def _reference(value: object, where: str, mistakes: _Mistakes) -> ModelReference | None:
+    text = _text(value, where, "a path or a Hub id org/name[@revision]", mistakes)
+    return None if text is None else ModelReference(text)
 
 
-def _tokenizer_source(value: object, mistakes: _Mistakes) -> str | None:
-    if value is None:
-        return None
+def _text(value: object, where: str, expected: str, mistakes: _Mistakes) -> str | None:
     if isinstance(value, str) and value.strip() and "\0" not in value:
         return value.strip()
-    mistakes.add("tokenizer_source", f"got {value!r}, expected base, union or a model")
+    mistakes.add(where, f"got {value!r}, expected {expected}")
     return None
 
 
@@ -685,20 +681,3 @@ def _layer(name: str) -> tuple[str, int] | None:
         if part.isdecimal() and len(part) <= 9:
             return ".".join(parts[:i]), int(part)
     return None
-
-
-__all__ = [
-    "Expert",
-    "Filtered",
-    "Gradient",
-    "Override",
-    "Recipe",
-    "Setting",
-    "build_recipe",
-    "build_recipes",
-    "holds",
-    "layer_positions",
-    "read_recipe",
-    "resolve",
-    "sweep_outputs",
-]

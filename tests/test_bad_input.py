@@ -23,7 +23,7 @@ from resm_kernels.checkpoint.files import canonical_json, seal
 from resm_kernels.cli import main
 from resm_kernels.engine import executor
 from resm_kernels.engine.plan import MergePlan
-from resm_kernels.report.progress import BarProgress
+from resm_kernels.report.progress import BarProgress, LogProgress
 from tests.hostile import cases as hostile
 from tests.hostile.cases import (
     BOMB,
@@ -527,6 +527,18 @@ def test_brackets_in_a_tensor_name() -> None:
     progress.advance(1, "layers[/0].weight")
     progress.stop()
     assert "layers[/0].weight" in screen.getvalue()
+
+
+def test_progress_that_is_taken_back(caplog: pytest.LogCaptureFixture) -> None:
+    """As where a cluster loses its only worker."""
+    caplog.set_level("INFO")
+    progress = LogProgress(interval=0.0)
+    progress.start(1000)
+    progress.advance(500, "w")
+    progress.advance(-500, "")
+    progress.advance(0, "empty")
+    progress.advance(250, "w")
+    assert len(caplog.messages) == 2
 
 
 def test_brackets_in_a_pattern(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,9 @@ def test_zero_against_something_is_infinitely_far(
     assert resm_kernels.compare(a, b).tensors[0].relative == math.inf
     assert main(["compare", str(a), str(b), "--html", str(tmp_path / "x.html")]) == 0
     assert "inf" in capsys.readouterr().out
+    assert main(["compare", str(a), str(b), "--json"]) == 0
+    (distance,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["tensors"]
+    assert (distance["relative"], distance["largest"]) == (None, 1.0)
 
 
 def test_the_page(tmp_path: Path) -> None:

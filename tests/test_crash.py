@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import resm_kernels
 from resm_kernels.checkpoint import journal, writer
 from resm_kernels.checkpoint.journal import JOURNAL, OutputFolder
 from resm_kernels.checkpoint.layout import read_safetensors_header
-from resm_kernels.engine import flow, matching, target
+from resm_kernels.cli import main
+from resm_kernels.engine import comparison, flow, matching, target
 from resm_kernels.errors import OutputError, ResmError
 from tests.checkpoints import contents, save_family
 from tests.faults import Scene, kill_at_call, resume, small_scene, threads
@@ -220,6 +222,27 @@ def test_a_failure_in_any_stage_ends_the_merge_at_once(
     assert same_but_report(tmp_path / "out", whole)
 
 
+def test_memory_that_runs_out_is_one_error(
+    family: tuple[Path, list[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Torch has no type of its own for it on the CPU."""
+    base, experts, _ = family
+    words = ["merge", "--base", str(base), "--expert", str(experts[0]), str(tmp_path / "out")]
+    for module, command in (
+        (flow, [*words, "--method", "task_arithmetic"]),
+        (comparison, ["compare", str(base), str(experts[0])]),
+    ):
+        name = "merge_planned" if module is flow else "_distance"
+        monkeypatch.setattr(module, name, lambda *_: torch.empty(1 << 55, dtype=torch.uint8))
+        assert main(command) == 1
+        assert "memory" in capsys.readouterr().err
+    with pytest.raises(ResmError, match="memory ran out"):
+        resm_kernels.merge(base, experts, tmp_path / "out")
+
+
 def test_a_disk_that_returns_other_bytes_is_caught_before_the_shard_has_a_name(
     family: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +350,29 @@ def test_threads_that_cannot_start_are_an_error_not_a_hang(
             with pytest.raises(ResmError, match="can't start new thread"):
                 resm_kernels.merge(base, experts, tmp_path / "out")
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", ["create", "sync_folder", "canonical_json"])
+def test_a_merge_that_cannot_begin_leaves_no_folder(
+    call: str,
+    family: tuple[Path, list[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, experts, _ = family
+    original = getattr(journal, call)
+
+    def failing(given: Any, *more: Any) -> Any:
+        if isinstance(given, Path) and "out.partial" not in str(given):
+            return original(given, *more)  # the parent's sync
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, call, failing)
+        with pytest.raises(OutputError, match="No space left"):
+            resm_kernels.merge(base, experts, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    resm_kernels.merge(base, experts, tmp_path / "out")
 
 
 def test_a_folder_that_is_no_unfinished_merge_is_left_alone(

@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import resm_kernels
+from resm_kernels.checkpoint import reader
 from resm_kernels.checkpoint.dtypes import DTYPES
 from resm_kernels.checkpoint.files import open_regular
 from resm_kernels.checkpoint.hub import ModelReference
@@ -25,6 +27,7 @@ from resm_kernels.checkpoint.layout import MAX_HEADER, read_safetensors_header
 from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
 from resm_kernels.checkpoint.writer import lay_out_shards
 from resm_kernels.errors import CheckpointError
+from tests.checkpoints import save
 from tests.hostile.mutate import mutations, odd
 
 
@@ -39,6 +42,21 @@ def test_header_lengths_past_the_file_allocate_nothing(length: int, tmp_path: Pa
     path = write(tmp_path / "x.safetensors", b"{}", length=length)
     with pytest.raises(CheckpointError, match="does not fit in the file"):
         read_safetensors_header(path)
+
+
+def test_tables_that_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that a config ties are read while planning."""
+    table = torch.zeros(8, 4)
+    tensors = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone()}
+    config = {"vocab_size": 8, "tie_word_embeddings": True}
+    base, expert = (save(tmp_path / name, tensors, config=config) for name in ("base", "expert"))
+
+    def failing(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(reader, "open_regular", failing)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*Input/output error"):
+        resm_kernels.plan(base, [expert])
 
 
 def test_files_are_read_through_a_buffer(tmp_path: Path) -> None:

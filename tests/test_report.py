@@ -244,6 +244,23 @@ def test_report_draws_anew_what_the_merge_drew(
     resm_kernels.verify(out)
 
 
+@pytest.mark.parametrize("target", [".", "/", "folder", ""])
+def test_a_page_that_cannot_be_written_leaves_nothing(
+    target: str,
+    family: tuple[Path, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    resm_kernels.merge(*family, "out", "ties")
+    os.mkdir("folder")
+    before = contents(tmp_path)
+    assert main(["report", "out", "-o", target]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
 def test_a_resumed_merge_keeps_what_was_measured(
     family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +333,7 @@ def test_reports_of_earlier_versions_are_drawn(
         lambda c: next(iter(c["tensors"].values())).update(measures={"base_norm": "x"}),
         lambda c: next(iter(c["tensors"].values())).update(ranks=[["a"], {}, None]),
         lambda c: next(iter(c["tensors"].values())).update(seconds=None),
+        lambda c: c["recipe"].update(parameters=json.loads("[" * 400 + "]" * 400)),
     ],
 )
 def test_forged_reports_are_refused_or_drawn_never_a_traceback(

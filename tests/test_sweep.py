@@ -301,6 +301,17 @@ def test_a_finished_output_is_not_called_unfinished(
     assert "lambda-1.partial" in message
 
 
+def test_a_dry_run_refuses_no_more_than_the_sweep(
+    family: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, experts = family
+    (tmp_path / "out.partial").mkdir()
+    words = ["sweep", "--base", str(base), "--lambda", "0.5,1", str(tmp_path / "out")]
+    words += [word for expert in experts for word in ("--expert", str(expert))]
+    assert main([*words, "--dry-run"]) == 0
+    assert main(words) == 0
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_all_outputs_must_fit_the_disk(
     resume: bool, family: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -321,6 +332,12 @@ def test_refusals(family: tuple[Path, list[Path]], tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="no output folder"):
         resm_kernels.sweep(base, experts, lambdas=[1, 2])
+    for call in (
+        lambda: resm_kernels.sweep(base, str(experts[0]), tmp_path / "o", lambdas=[1, 2]),
+        lambda: resm_kernels.inspect(base, str(experts[0])),
+    ):
+        with pytest.raises(UsageError, match=r"^(sweep|inspect): experts is one path"):
+            call()
     with pytest.raises(OutputError, match="lies in the input folder"):
         resm_kernels.sweep(base, experts, base / "out", lambdas=[1, 2])
     assert not (base / "out").exists()

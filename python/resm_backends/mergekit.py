@@ -20,7 +20,13 @@ import torch
 import yaml
 
 from resm_kernels.api import merge_tensors
-from resm_kernels.errors import MissingDependencyError, RecipeError, ResmError, UsageError
+from resm_kernels.errors import (
+    MissingDependencyError,
+    RecipeError,
+    ResmError,
+    UsageError,
+    printable,
+)
 from resm_kernels.methods import METHODS, Method, Option
 from resm_kernels.recipe import WEIGHT
 
@@ -471,8 +477,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except click.exceptions.Exit as done:
             return int(done.exit_code)
     except ResmError as error:
-        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
-        print(f"{COMMAND}: {text}", file=sys.stderr)
+        print(f"{COMMAND}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{COMMAND}: interrupted", file=sys.stderr)

@@ -20,12 +20,18 @@ from typing import Any, Literal
 
 import torch
 
-from resm_kernels.checkpoint.dtypes import DTYPES, OUT_DTYPES, DType
+from resm_kernels.checkpoint.dtypes import BY_TORCH, OUT_DTYPES, DType
 from resm_kernels.checkpoint.files import canonical_json
 from resm_kernels.checkpoint.hub import ADAPTER_WEIGHTS, ModelReference, locate
 from resm_kernels.checkpoint.journal import OutputFolder, absolute, check_output
 from resm_kernels.checkpoint.layout import TensorInfo
-from resm_kernels.checkpoint.lora import PREFIX, Adapter, read_adapter, read_factors
+from resm_kernels.checkpoint.lora import (
+    PREFIX,
+    Adapter,
+    adapter_folder,
+    read_adapter,
+    read_factors,
+)
 from resm_kernels.checkpoint.reader import ADAPTER_CONFIG, read_tensor
 from resm_kernels.checkpoint.writer import ShardFile, lay_out_shards
 from resm_kernels.errors import CheckpointError, NonFiniteError, UsageError
@@ -34,6 +40,7 @@ from resm_kernels.methods import find_method
 from resm_kernels.methods.arithmetic import TaskArithmeticOptions, divisor_of
 from resm_kernels.methods.spectral import ResmOptions, TruncatingOptions, choose
 from resm_kernels.ops.delta_stats import DeltaStats
+from resm_kernels.ops.dtypes import chunks
 
 __all__ = ["AdapterMerge", "MergedModule", "merge_adapters"]
 
@@ -270,8 +277,8 @@ def factored_stats(delta: FactoredDelta, *, sigma: float, noise_floor: float) ->
     left, right = delta.left.double(), delta.right.double()
 
     def panels() -> Iterator[torch.Tensor]:
-        for start in range(0, m, max(1, PANEL // max(n, 1))):
-            yield (left[start : start + max(1, PANEL // max(n, 1))] @ right.T).abs_()
+        for rows in chunks(m, max(1, PANEL // max(n, 1))):
+            yield (left[rows] @ right.T).abs_()
 
     total = squares = largest = 0.0
     zeros = 0
@@ -296,7 +303,7 @@ def factored_stats(delta: FactoredDelta, *, sigma: float, noise_floor: float) ->
 
 def _open(adapter: str | os.PathLike[str]) -> Adapter:
     path = locate(ModelReference(os.fspath(adapter)), adapter=True)
-    found = read_adapter(path.parent if path.name in ADAPTER_WEIGHTS else path, os.fspath(adapter))
+    found = read_adapter(adapter_folder(path), os.fspath(adapter))
     if found.full:
         raise CheckpointError(
             f"{adapter}: replaces {len(found.full)} tensors (modules_to_save, trained biases)",
@@ -382,10 +389,10 @@ def _out_dtype(adapters: Sequence[Adapter], name: str | None) -> DType:
     if name is not None:
         if name not in OUT_DTYPES:
             raise UsageError(f"out_dtype: got {name!r}", expected=f"one of {', '.join(OUT_DTYPES)}")
-        return DTYPES[OUT_DTYPES[name]]
+        return OUT_DTYPES[name]
     infos = [i for a in adapters for pair in a.pairs.values() for i in (pair.a, pair.b)]
     widest = functools.reduce(torch.promote_types, (info.dtype.torch for info in infos))
-    return next(dtype for dtype in DTYPES.values() if dtype.torch == widest)
+    return BY_TORCH[widest]
 
 
 def _config(first: Adapter, rank: int, names: Sequence[str]) -> dict[str, Any]:

@@ -49,5 +49,10 @@ DTYPES = {
 }
 BY_TORCH = {dtype.torch: dtype for dtype in DTYPES.values()}
 
-OUT_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+OUT_DTYPES = {
+    "float64": DTYPES["F64"],
+    "float32": DTYPES["F32"],
+    "float16": DTYPES["F16"],
+    "bfloat16": DTYPES["BF16"],
+}
 """Names that recipes and config.json use."""

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,20 @@ def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a whole file through a temporary name: complete on disk, or not there."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.parent / f"{path.name}.tmp"
     with writing(path):
         descriptor = create(temporary, os.O_TRUNC)
         try:
-            write_all(descriptor, data, 0)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(temporary, path)
+            try:
+                write_all(descriptor, data, 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
 
 
 def sync_folder(path: Path) -> None:

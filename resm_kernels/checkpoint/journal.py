@@ -125,18 +125,18 @@ class OutputFolder:
             with writing(self.path):
                 self._open_journal()
         except BaseException:
+            self.discard_if_empty()
             self.close()
             raise
 
     def _take_lock(self) -> None:
         """Create the folder or open the one that is there, and lock it."""
+        created = False
         with writing(self.path):
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(self.path)
-                self._created = True
+                created = True
                 sync_folder(self.output.parent)
-            except FileExistsError:
-                pass
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,6 +150,7 @@ class OutputFolder:
         with writing(self.path):
             if os.fstat(self._lock).st_ino != os.stat(self.path).st_ino:
                 raise OutputError(f"{self.path}: another merge has just ended there: try again")
+        self._created = created  # until it is locked, it may be another's
 
     def _open_journal(self) -> None:
         path = self.path / JOURNAL

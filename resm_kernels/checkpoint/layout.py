@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -109,6 +110,11 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     single_file: bool = False
+
+    @functools.cached_property
+    def home(self) -> dict[str, WeightFile]:
+        """The file of every tensor."""
+        return {name: file for file in self.files for name in file.tensors}
 
     @property
     def digest(self) -> str:

@@ -177,7 +177,7 @@ def open_model(reference: ModelReference, base: Checkpoint) -> Checkpoint | Adap
     """
     named = reference.with_adapter
     if named is None:
-        folder = _adapter_folder(locate(reference))
+        folder = adapter_folder(locate(reference))
         try:
             adapter = is_adapter(folder)
         except OSError as error:
@@ -191,10 +191,11 @@ def open_model(reference: ModelReference, base: Checkpoint) -> Checkpoint | Adap
             fix="merge the adapter into its base and name that folder; "
             "or name the adapter alone, where the two are one model",
         )
-    return open_adapter(reference, _adapter_folder(locate(named[1], adapter=True)), base)
+    return open_adapter(reference, adapter_folder(locate(named[1], adapter=True)), base)
 
 
-def _adapter_folder(path: Path) -> Path:
+def adapter_folder(path: Path) -> Path:
+    """The folder of an adapter that is named by its folder or by its file of weights."""
     return path.parent if path.name in ADAPTER_WEIGHTS else path
 
 
@@ -395,7 +396,6 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Adapter:
     targets = dict.fromkeys([*adapter.pairs, *adapter.full, *adapter.copies])
     found = _base_names(adapter, list(targets), base)
     file = adapter.files[0]
-    home = {name: f for f in base.files for name in f.tensors}
     turn_squares = _stores_in_by_out(base, adapter.config)
     for target, name in found.items():
         if name is None:
@@ -422,7 +422,7 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Adapter:
                     f"{target}: shape {list(whole.shape)}, {list(info.shape)} in the base"
                 )
         copy = adapter.copies.get(target)
-        if copy and copy.shape == info.shape and not _equal((file, copy), (home[name], info)):
+        if copy and copy.shape == info.shape and not _equal((file, copy), (base.home[name], info)):
             problems.append(f"{target}: the adapter's copy of this weight is not the base's")
         if new := adapter.full.get(target):
             if name in full and not _equal((file, new), (file, full[name])):
@@ -437,7 +437,7 @@ def match_adapter(adapter: Adapter, base: Checkpoint) -> Adapter:
         aliases = sum(kept == name for kept in base.aliases.values())
         replaced = [t for t in adapter.full if found[t] == name]
         alone = len(replaced) <= max(aliases, int(name == table))
-        if alone and not _equal((file, new), (home[name], base.tensors[name])):
+        if alone and not _equal((file, new), (base.home[name], base.tensors[name])):
             apart.append(f"{replaced[0]}: replaced, and not what the base ties it to")
     if apart:
         raise _refusal(what, apart, UNTIE_IT)
@@ -457,8 +457,7 @@ def keeps_tied(adapter: Adapter, base: Checkpoint, one: str, other: str) -> bool
     file = adapter.files[0]
     if len(new) == 2:
         return _equal((file, new[0]), (file, new[1]))
-    home = next(f for f in base.files if one in f.tensors)
-    return _equal((file, new[0]), (home, base.tensors[one]))
+    return _equal((file, new[0]), (base.home[one], base.tensors[one]))
 
 
 def _oriented(pair: LoraPair, info: TensorInfo, turn_squares: bool) -> LoraPair:
@@ -493,10 +492,7 @@ def _equal(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, Tenso
     if first[1].shape != second[1].shape:
         return False
     if first[1].dtype == second[1].dtype:
-        try:
-            return same_data(first, second)
-        except OSError as error:
-            raise CheckpointError(f"{first[1].file}: cannot be compared: {error}") from error
+        return same_data(first, second)
     copy = read_tensor(*first)
     return torch.equal(copy, read_tensor(*second).to(copy.dtype))
 

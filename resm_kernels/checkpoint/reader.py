@@ -24,6 +24,7 @@ from resm_kernels.checkpoint.layout import (
 )
 from resm_kernels.checkpoint.torch_file import read_torch_header
 from resm_kernels.errors import CheckpointError
+from resm_kernels.ops.dtypes import chunks
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_FILES = (
@@ -236,16 +237,14 @@ def same_data(first: tuple[WeightFile, TensorInfo], second: tuple[WeightFile, Te
     """Whether two tensors of one dtype and shape hold the same bytes, read piece by piece."""
     if first[1].strides or second[1].strides:
         return bool(torch.equal(*(read_tensor(*one) for one in (first, second))))
-    with open_regular(first[1].file) as a, open_regular(second[1].file) as b:
-        a.seek(first[1].start)
-        b.seek(second[1].start)
-        left = first[1].nbytes
-        while left:
-            size = min(PIECE, left)
-            if a.read(size) != b.read(size):
-                return False
-            left -= size
-    return True
+    try:
+        with open_regular(first[1].file) as a, open_regular(second[1].file) as b:
+            a.seek(first[1].start)
+            b.seek(second[1].start)
+            pieces = chunks(first[1].nbytes, PIECE)
+            return all(a.read(p.stop - p.start) == b.read(p.stop - p.start) for p in pieces)
+    except OSError as error:
+        raise CheckpointError(f"{first[1].file}: cannot be compared: {error.strerror}") from error
 
 
 def check_stamp(file: WeightFile, status: os.stat_result) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from resm_kernels.checkpoint.hub import ModelReference
-from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo, WeightFile
+from resm_kernels.checkpoint.layout import TensorInfo
 from resm_kernels.checkpoint.reader import open_checkpoint, read_tensor
 from resm_kernels.ops.dtypes import chunks
 from resm_kernels.ops.gram import gram
@@ -80,8 +80,13 @@ class Comparison:
     not_in_base: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data for JSON, which has no infinite numbers: None in their place."""
+        found = asdict(self)
+        for distance in found["tensors"]:
+            for name, value in distance.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    distance[name] = None
+        return found
 
 
 def compare_checkpoints(
@@ -97,7 +102,7 @@ def compare_checkpoints(
     one, other = open_checkpoint(a), open_checkpoint(b)
     origin = None if base is None else open_checkpoint(base)
     found, shapes, lacking = [], {}, []
-    homes = [_home(c) for c in (one, other, *([origin] if origin else []))]
+    models = [one, other, *([origin] if origin is not None else [])]
     for name, info in one.tensors.items():
         if name not in other.tensors:
             continue
@@ -111,7 +116,7 @@ def compare_checkpoints(
         if origin is not None and start is None:
             lacking.append(name)
         infos = [info, against, *([start] if start is not None else [])]
-        tensors = [read_tensor(home[name], i) for home, i in zip(homes, infos, strict=False)]
+        tensors = [read_tensor(c.home[name], i) for c, i in zip(models, infos, strict=False)]
         found.append(_distance(infos, tensors))
     only_a = tuple(sorted(one.tensors.keys() - other.tensors.keys()))
     only_b = tuple(sorted(other.tensors.keys() - one.tensors.keys()))
@@ -132,10 +137,6 @@ def compare_checkpoints(
 def _farthest(distance: Distance) -> tuple[float, float, str]:
     relative = -1.0 if distance.relative is None else distance.relative
     return -relative, distance.equal_share, distance.name
-
-
-def _home(checkpoint: Checkpoint) -> dict[str, WeightFile]:
-    return {name: file for file in checkpoint.files for name in file.tensors}
 
 
 def _distance(infos: list[TensorInfo], tensors: list[torch.Tensor]) -> Distance:

@@ -100,7 +100,6 @@ def watched(run: Run, steps: Sequence[Step]) -> Usage:
         watch = MemoryWatch(limit=predicted)
     except RuntimeError as error:
         raise ResmError(f"the merge cannot start: {error}") from error
-    held = 0
     try:
         run.run()
     finally:

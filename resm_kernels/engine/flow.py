@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 
 from resm_kernels.checkpoint.writer import ShardFile
-from resm_kernels.engine.lanes import PREFETCH, CudaLane, Lane, Mark, StagedLane, Value
+from resm_kernels.engine.lanes import PREFETCH, CudaLane, Lane, Mark, StagedLane
 from resm_kernels.engine.ledger import Bid, Ledger
-from resm_kernels.engine.matching import Key
+from resm_kernels.engine.matching import Key, Value
 from resm_kernels.engine.merging import Loaded, merge_planned
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step, host_memory
 from resm_kernels.engine.result import Measures, TensorResult
@@ -178,6 +178,12 @@ class Run:
             for sink in self.sinks:
                 for shard in sink.shards.values():
                     shard.close()
+        if isinstance(self.error, RuntimeError) and out_of_memory(self.error):
+            raise ResmError(
+                "memory ran out",
+                got=str(self.error).partition("\n")[0],
+                fix="free memory, or set a smaller --memory-budget; then --resume",
+            ) from self.error
         if self.error is not None:
             raise self.error
 

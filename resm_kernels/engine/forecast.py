@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from resm_kernels.checkpoint.writer import CHECK
 from resm_kernels.engine.flow import READERS
 from resm_kernels.engine.plan import MergePlan, plan_steps
-from resm_kernels.engine.rates import Pace, Rates
+from resm_kernels.engine.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,3 @@ def forecast(plans: Sequence[MergePlan], rates: Rates) -> Forecast | None:
     )
     ends = steps[0].read_bytes * rates.read.wall + min(shards[-1], CHECK) * rates.finish.wall
     return Forecast(read, compute, write, finish, busiest + ends)
-
-
-__all__ = ["Forecast", "Pace", "Rates", "forecast"]

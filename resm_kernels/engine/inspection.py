@@ -16,7 +16,7 @@ from resm_kernels.checkpoint.layout import Checkpoint
 from resm_kernels.checkpoint.lora import Adapter, open_model
 from resm_kernels.checkpoint.reader import open_checkpoint
 from resm_kernels.checkpoint.vocabulary import differences
-from resm_kernels.engine.matching import FactorSource, Matching, Source
+from resm_kernels.engine.matching import FactorSource, Matching, Source, Value
 from resm_kernels.engine.measures import cosine, delta_products, rounded
 from resm_kernels.engine.options import EngineOptions
 from resm_kernels.errors import UsageError
@@ -180,7 +180,7 @@ class _Inspector:
         info = self.base.tensors[name]
         base = self.matching.source(self.base, name).read()
         sources = [self._source(t, name) for t in range(len(self.experts))]
-        given: dict[int, torch.Tensor | FactoredDelta] = {}
+        given: dict[int, Value] = {}
         if not is_finite(base):
             self.base_nonfinite.append(name)
             sources = [None] * len(sources)
@@ -228,7 +228,7 @@ class _Inspector:
             interference=rounded(overlap.interference) if overlap else None,
         )
 
-    def _alike(self, pair: tuple[int, int], given: dict[int, torch.Tensor | FactoredDelta]) -> bool:
+    def _alike(self, pair: tuple[int, int], given: dict[int, Value]) -> bool:
         if not {*pair} <= given.keys():
             return False
         one, other = (given[t] for t in pair)

@@ -21,7 +21,8 @@ from resm_kernels.checkpoint.files import PIECE
 from resm_kernels.checkpoint.reader import HOST, Fill, Place
 from resm_kernels.checkpoint.writer import tensor_bytes
 from resm_kernels.engine.ledger import Account
-from resm_kernels.linalg import FactoredDelta, cusolver
+from resm_kernels.engine.matching import Value
+from resm_kernels.linalg import cusolver
 from resm_kernels.ops.dtypes import chunks
 
 LOG = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ STAGING = (BUFFERS_IN + BUFFERS_OUT) * PIECE
 PREFETCH = 2
 """Weights read ahead of the workers."""
 
-Value = torch.Tensor | FactoredDelta
 Mark = Any
 """A moment in a device's work that can be waited for; None where nothing is asynchronous."""
 

@@ -20,6 +20,8 @@ from resm_kernels.linalg import FactoredDelta
 
 Key = tuple[str, str]
 """What tells inputs apart: the file, and the tensor in it."""
+Value = torch.Tensor | FactoredDelta
+"""An input as it is read."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,6 @@ class Matching:
         self.tables = frozenset(vocabulary_tables(base) if alignment is not None else ())
         self.left_out: dict[str, str] = {}
         whole = [base, *(expert for expert in experts if isinstance(expert, Checkpoint))]
-        self._home = {id(c): {name: f for f in c.files for name in f.tensors} for c in whole}
         self._ties = {id(c): self._tied_groups(c) for c in whole}
         self._misfits: list[str] = []
 
@@ -136,7 +137,7 @@ class Matching:
 
     def source(self, checkpoint: Checkpoint, name: str) -> Source:
         """An input tensor with its file."""
-        return Source(self._home[id(checkpoint)][name], checkpoint.tensors[name])
+        return Source(checkpoint.home[name], checkpoint.tensors[name])
 
     @functools.cached_property
     def decisions(self) -> dict[str, Decision]:

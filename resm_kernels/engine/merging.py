@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from resm_kernels.checkpoint.vocabulary import align_tables
-from resm_kernels.engine.matching import FactorSource, Key
+from resm_kernels.engine.matching import FactorSource, Key, Value
 from resm_kernels.engine.measures import measure, spectrum_points
 from resm_kernels.engine.plan import MergePlan, PlannedTensor, Step
 from resm_kernels.engine.result import Measures
@@ -19,9 +19,6 @@ from resm_kernels.methods import Inputs, Merged, merge_weight
 from resm_kernels.ops.dtypes import is_finite
 
 LOG = logging.getLogger(__name__)
-
-
-Value = torch.Tensor | FactoredDelta
 
 
 class Loaded:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -421,10 +422,7 @@ class MergePlan:
     @property
     def rules(self) -> dict[str, int]:
         """How many tensors each rule has."""
-        counts: dict[str, int] = {}
-        for tensor in self.tensors:
-            counts[tensor.rule] = counts.get(tensor.rule, 0) + 1
-        return counts
+        return dict(Counter(tensor.rule for tensor in self.tensors))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for `--dry-run --json`."""

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from resm_kernels import __version__
-from resm_kernels.checkpoint.dtypes import DTYPES, OUT_DTYPES, DType
+from resm_kernels.checkpoint.dtypes import OUT_DTYPES, DType
 from resm_kernels.checkpoint.files import canonical_json
 from resm_kernels.checkpoint.hub import ModelReference
 from resm_kernels.checkpoint.layout import Checkpoint, TensorInfo
@@ -69,7 +69,7 @@ def make_plan(recipe: Recipe, options: EngineOptions) -> MergePlan:
 
 
 def make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
-    """Plan the merges of several recipes for the same models; as `make_plan`."""
+    """Plan the merges of several recipes that differ in their outputs alone; as `make_plan`."""
     with _uncollected():
         return _make_plans(recipes, options)
 
@@ -87,25 +87,20 @@ def _uncollected() -> Iterator[None]:
 
 
 def _make_plans(recipes: Sequence[Recipe], options: EngineOptions) -> list[MergePlan]:
-    bases: dict[str, Checkpoint] = {}
-    opened: dict[tuple[str, str], Checkpoint | Adapter] = {}
-    matchings: dict[tuple[str, ...], Matching] = {}
     devices = find_devices(options.device)
     budget = options.memory_budget or max(int(BUDGET_SHARE * available_memory()), 1)
+    base = _whole(open_checkpoint(recipes[0].base))
+    opened: dict[str, Checkpoint | Adapter] = {}
+    matchings: dict[tuple[str, ...], Matching] = {}
     plans: list[MergePlan] = []
     used: list[Matching] = []
     for recipe in recipes:
-        base_name = recipe.base.text
-        if base_name not in bases:
-            bases[base_name] = _whole(open_checkpoint(recipe.base))
-        base = bases[base_name]
-        keys = [(base_name, expert.model.text) for expert in recipe.experts]
-        for key, expert in zip(keys, recipe.experts, strict=True):
-            if key not in opened:
-                opened[key] = _whole(open_model(expert.model, base))
-        names = (base_name, *(name for _, name in keys), str(recipe.tokenizer_source))
-        if names not in matchings:
-            experts = [opened[key] for key in keys]
+        for expert in recipe.experts:
+            if expert.model.text not in opened:
+                opened[expert.model.text] = _whole(open_model(expert.model, base))
+        names = tuple(expert.model.text for expert in recipe.experts)
+        if names not in matchings:  # methods that average the base too have it among the experts
+            experts = [opened[name] for name in names]
             alignment = _alignment(recipe, base, experts)
             matchings[names] = Matching(base, experts, options, alignment)
         used.append(matchings[names])
@@ -191,7 +186,7 @@ def _plan(
 ) -> MergePlan:
     device = devices[0]
     base, decisions = matching.base, matching.decisions
-    out_dtype = DTYPES[OUT_DTYPES[recipe.out_dtype]] if recipe.out_dtype else None
+    out_dtype = OUT_DTYPES[recipe.out_dtype] if recipe.out_dtype else None
 
     def written(info: TensorInfo) -> DType:
         return out_dtype if out_dtype is not None and info.dtype.mergeable else info.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -196,10 +197,7 @@ class MergeReport:
     @property
     def rules(self) -> dict[str, int]:
         """How many tensors each rule has."""
-        counts: dict[str, int] = {}
-        for result in self.tensors.values():
-            counts[result.rule] = counts.get(result.rule, 0) + 1
-        return counts
+        return dict(Counter(result.rule for result in self.tensors.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -23,6 +23,7 @@ from resm_kernels.report.page import (
     metric,
     number,
     plain,
+    some,
     table,
     tiles,
 )
@@ -151,15 +152,10 @@ def _misfits(found: Comparison) -> list[tuple[str, str]]:
         "not in the base": found.not_in_base,
     }
     return [
-        (f"{len(names):,} tensors {what}", plain(_some(names), 800))
+        (f"{len(names):,} tensors {what}", plain(some(names, 8, 90), 800))
         for what, names in groups.items()
         if names
     ]
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(plain(name, 90) for name in names[:most]) + more
 
 
 def comparison_table(found: Comparison) -> RenderableType:

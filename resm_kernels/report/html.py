@@ -22,6 +22,7 @@ from resm_kernels.report.page import (
     number,
     plain,
     seconds,
+    some,
     table,
     tiles,
     timeline,
@@ -180,7 +181,7 @@ def _notes(report: MergeReport) -> str:
         for note in notes:
             groups.setdefault(note, []).append(name)
     rows = [
-        (esc(note, 500), f"<code>{esc(_some(names), 400)}</code>", str(len(names)))
+        (esc(note, 500), f"<code>{esc(some(names, 3, 80), 400)}</code>", str(len(names)))
         for note, names in itertools.islice(groups.items(), MAX_NOTES)
     ]
     rows += [
@@ -193,11 +194,6 @@ def _notes(report: MergeReport) -> str:
     more = f"<p class=soft>and {hidden:,} more: see resm_report.json</p>" if hidden else ""
     listed = table(["what happened", "where", "tensors"], rows, 2)
     return card("Fallbacks, clamps and warnings", listed + more)
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(plain(name, 80) for name in names[:most]) + more
 
 
 def _times(report: MergeReport) -> str:

@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from resm_kernels import __version__
+from resm_kernels.errors import printable
 
 MAX_TEXT = 160
 """Longest name that is shown."""
@@ -37,8 +38,7 @@ REACH = 8.0
 def plain(value: object, most: int = MAX_TEXT) -> str:
     """A text with nothing in it that a terminal or a browser would obey, cut to a length."""
     text = str(value)
-    text = text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-most // 4 :]}"
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return printable(text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[-most // 4 :]}")
 
 
 def esc(value: object, most: int = MAX_TEXT) -> str:
@@ -445,7 +445,7 @@ def flag(severity: Severity, head: str, text: str) -> str:
     )
 
 
-def shown(items: Sequence[str], most: int) -> list[str]:
-    """The first items, and how many more there are."""
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return [*items[:most], *more]
+def some(names: Sequence[str], most: int, width: int) -> str:
+    """The first names, cut to a width, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(plain(name, width) for name in names[:most]) + more

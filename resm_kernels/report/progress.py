@@ -68,7 +68,7 @@ class LogProgress:
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if now - self._said < self._interval:
+            if now - self._said < self._interval or self._done <= 0:
                 return
             self._said = now
             rate = self._done / (now - self._started)
