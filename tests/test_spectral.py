@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resm_kernels.api import merge_tensors
-from resm_kernels.errors import NonFiniteError, UsageError
+from resm_kernels.errors import NonFiniteError, NumericsError, UsageError
 from resm_kernels.linalg import leading_subspaces, polar_factor, spectral_merge
 from resm_kernels.methods.spectral import outlier_weighting, sparse_rank
 from tests import oracle
@@ -360,6 +360,19 @@ def test_results_that_do_not_fit_are_refused() -> None:
         merge_tensors(base, [base], "linear", weights=[float("nan")])
     with pytest.raises(UsageError, match="sum to zero"):
         merge_tensors(base, [base, base], "linear", weights=[1.0, -1.0])
+
+
+@pytest.mark.parametrize("size", [2, 40, 300])
+@pytest.mark.parametrize("solver", ["auto", "exact", "textbook"])
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "iso_cts"])
+def test_differences_past_the_range_of_float32_are_refused(
+    method: str, solver: str, size: int
+) -> None:
+    """LAPACK may take NaN and find rank 0: the base would come back as if nothing had changed."""
+    base = torch.eye(size) * 3e38
+    parameters = {} if method == "iso_c" else {"solver": solver}
+    with pytest.raises(NumericsError, match=r"tensor 'w' .* not finite"):
+        merge_tensors(base, [-base, -base], method, name="w", parameters=parameters)
 
 
 def test_bad_tensors_are_refused() -> None:

@@ -129,6 +129,11 @@ def leading_subspaces(
     Subspace
         A zero matrix, or `rank` 0, gives r = 0.
 
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        The delta is not finite, or a factorisation did not converge.
+
     Notes
     -----
     Eigenvectors V of the float64 Gram matrix on the shorter side, then U = delta V / sigma.
@@ -152,6 +157,7 @@ def leading_subspaces(
     rank = min(rank, columns)
     matrix = gram(delta)
     total = float(matrix.diagonal().sum())
+    _expect_finite(math.isfinite(total))
     floor = rank_tolerance(rows) ** 2
     pairs = leading_eigenpairs(matrix, rank, floor=floor, by_projector=backend == "projector")
     squares = pairs.values.clamp(min=0.0)
@@ -174,6 +180,7 @@ def leading_subspaces(
 def _by_svd(
     delta: torch.Tensor, rank: int, energy: float | None, backend: SubspaceBackend
 ) -> Subspace:
+    _expect_finite(bool(delta.isfinite().all()))
     if backend == "textbook":
         left, values, right = torch.linalg.svd(delta.to(torch.float32), full_matrices=False)
         failed = None
@@ -206,6 +213,14 @@ def _of_factors(delta: FactoredDelta, rank: int, energy: float | None) -> Subspa
         numerical_rank=known,
         backend="factored",
     )
+
+
+def _expect_finite(holds: bool) -> None:
+    """LAPACK may take a matrix with NaN without a word, and its rank then looks like 0."""
+    if not holds:
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "the delta is not finite: the difference of two weights passes its dtype's range"
+        )
 
 
 def _extreme_exponent(matrix: torch.Tensor) -> int:
