@@ -13,6 +13,7 @@ import torch
 from resm_kernels.api import merge_tensors
 from resm_kernels.errors import NonFiniteError, NumericsError, UsageError
 from resm_kernels.linalg import leading_subspaces, polar_factor, spectral_merge
+from resm_kernels.methods import Inputs, find_method, merge_weight
 from resm_kernels.methods.spectral import outlier_weighting, sparse_rank
 from tests import oracle
 
@@ -339,6 +340,26 @@ def test_float64_of_extreme_size_neither_overflows_nor_vanishes(size: float) -> 
     values = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     found = leading_subspaces(torch.diag(values) * size, 2)
     assert torch.allclose(found.values / size, values[:2], rtol=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [-900, -600, 600, 900])
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "iso_cts"])
+def test_float64_merges_of_extreme_size_are_those_of_size_one(method: str, exponent: int) -> None:
+    base = torch.zeros(32, 24, dtype=torch.float64)
+    found = [torch.from_numpy(d).double() for d in deltas("noise", 32, 24, 3)]
+    huge = [torch.ldexp(d, torch.tensor(exponent)) for d in found]
+    one, other = (
+        merge_weight(
+            find_method(method),
+            Inputs("w", base, e),
+            [1.0] * 3,
+            find_method(method).make_options({}, 3),
+            torch.float64,
+        )
+        for e in (found, huge)
+    )
+    assert torch.equal(torch.ldexp(other.tensor, torch.tensor(-exponent)), one.tensor)
+    assert other.interference == one.interference
 
 
 @pytest.mark.parametrize("power", [-1.0, 1.0])

@@ -145,7 +145,7 @@ def leading_subspaces(
         return _of_factors(delta, rank, energy)
     if delta.shape[1] > delta.shape[0]:
         return leading_subspaces(delta.T, rank, energy=energy, backend=backend).transposed()
-    exponent = _extreme_exponent(delta)
+    exponent = extreme_exponent(delta)
     if exponent:
         scaled = times_power_of_two(delta, -exponent)
         found = leading_subspaces(scaled, rank, energy=energy, backend=backend)
@@ -223,7 +223,7 @@ def _expect_finite(holds: bool) -> None:
         )
 
 
-def _extreme_exponent(matrix: torch.Tensor) -> int:
+def extreme_exponent(matrix: torch.Tensor) -> int:
     """The power of two to take out so that squares stay inside float64's range; mostly 0.
 
     Only float64 inputs of extreme size need it; a power of two changes no digit.
