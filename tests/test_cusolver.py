@@ -523,7 +523,13 @@ def svd_outputs(raw: Raw, batch: int, m: int, n: int, rank: int) -> tuple[Any, A
         ),
         (
             lambda r: r.solver.syevd(r.array(4, 4), r.array(1, 4), r.array(1, 2, kind="i4"), 0),
-            "status: expected 2 x batch",
+            r"status: expected \(2, 1\)",
+        ),
+        (
+            lambda r: r.solver.syev_batched(
+                r.array(2, 4, 4), r.array(2, 4), r.array(2, 2, kind="i4", strides=(3, 1)), 0
+            ),
+            r"status: expected \(2, 2\), contiguous",
         ),
         (
             lambda r: r.solver.syev_batched(
