@@ -144,7 +144,9 @@ def _slerp(
     (own, dot), (_, other) = inputs.once("products", None, find)[0].tolist()
     lengths = [math.sqrt(square) for square in (own, other)]
     lengths = [length if length > LEAST_NORM else 1.0 for length in lengths]
-    cosine = min(max(dot / lengths[0] / lengths[1], -1.0), 1.0)  # NaN where squares overflow
+    cosine = min(max(dot / lengths[0] / lengths[1], -1.0), 1.0)
+    if math.inf in lengths:  # the squares overflow: no angle, and a result that is refused
+        cosine = math.nan
     shares = [1.0 - options.t, options.t]
     if not abs(cosine) > COLLINEAR:
         angle = math.acos(cosine)

@@ -1,4 +1,4 @@
-"""Singular-vector merging: TSV-M, RESM and Iso-C."""
+"""Singular-vector merging: TSV-M, RESM, Iso-C and Iso-CTS."""
 
 from __future__ import annotations
 
