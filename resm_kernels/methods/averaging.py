@@ -97,12 +97,12 @@ def _ratios_of(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
 def _ratios(products: torch.Tensor) -> torch.Tensor:
     """t = T c / (1 + (T - 1) c) from the mean c of the cosines between deltas: [R, T, T] -> [R].
 
-    0 where the denominator vanishes.
+    0 where the denominator vanishes; NaN, and a result that is refused, where a square overflows.
     """
     count = products.shape[-1]
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
     lengths = (norms[:, :, None] * norms[:, None, :]).clamp_min(LEAST_PRODUCT)
-    cosines = (products / lengths).clamp(-1.0, 1.0)
+    cosines = (products / lengths).clamp(-1.0, 1.0).masked_fill_(lengths.isinf(), math.nan)
     first, second = torch.triu_indices(count, count, 1)
     mean = cosines[:, first, second].mean(-1)
     denominator = 1.0 + (count - 1) * mean
