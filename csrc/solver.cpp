@@ -69,12 +69,7 @@ class Solver::Call {
         batch_(batch),
         stream_(reinterpret_cast<cudaStream_t>(stream)) {
     expect_current(*solver.library_, solver.device_);
-    expect(status.shape.size() == 2 && status.shape[0] == 2, "status: expected 2 x batch");
-    status_ = reinterpret_cast<int*>(
-        vectors(Array(reinterpret_cast<std::uintptr_t>(status.data),
-                      status.type == 'i' ? "i4" : "f4", {1, 2 * status.shape[1]},
-                      {2 * status.shape[1], status.strides[1]}),
-                "status", 'i', 4, 1, 2 * batch));
+    status_ = reinterpret_cast<int*>(vectors(status, "status", 'i', 4, 2, batch));
     const auto why = solver.library_->missing().at(name);
     if (!why.empty()) throw CusolverError(std::string(name) + ": " + why);
     auto& library = *solver.library_;

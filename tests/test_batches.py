@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.spectral import resident
+from resm_kernels.errors import NumericsError
 from resm_kernels.linalg import (
     Batching,
     FactoredDelta,
@@ -216,6 +217,14 @@ def test_matrices_that_a_batch_cannot_hold_have_the_bytes_of_single_ones() -> No
     assert [n for n in ours.notes if "span more" in n] == [
         n for n in alone.notes if "span more" in n
     ]
+
+
+def test_differences_past_the_range_of_float32_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.standard_normal((COUNT, 32, 32), dtype=np.float32))
+    base[2, 5, 5] = 3e38
+    with pytest.raises(NumericsError, match="not finite"):
+        merge_stack(find_method("tsvm"), base, [-base] * EXPERTS)
 
 
 @pytest.mark.parametrize("method", ["tsvm", "resm"])

@@ -285,6 +285,14 @@ def test_slerp_of_what_no_norm_holds() -> None:
     base, expert = weights_of((5, 6), torch.float64, 1)
     with pytest.raises(ResmError, match="do not fit"):
         merge("slerp", base * 1e200, [expert * -1e200], out_dtype=torch.float64)
+    with pytest.raises(ResmError, match="do not fit"):
+        merge("slerp", base * 1e200, [expert], out_dtype=torch.float64)
+
+
+def test_model_stock_of_what_no_norm_holds() -> None:
+    base, *experts = weights_of((5, 6), torch.float64, 2)
+    with pytest.raises(ResmError, match="do not fit"):
+        merge("model_stock", base, [experts[0], experts[1] * 1e200], out_dtype=torch.float64)
 
 
 def test_methods_of_one_model_refuse_two() -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from resm_kernels.api import merge_tensors
-from resm_kernels.errors import NonFiniteError, UsageError
+from resm_kernels.errors import NonFiniteError, NumericsError, UsageError
 from resm_kernels.linalg import leading_subspaces, polar_factor, spectral_merge
+from resm_kernels.methods import Inputs, find_method, merge_weight
 from resm_kernels.methods.spectral import outlier_weighting, sparse_rank
 from tests import oracle
 
@@ -341,6 +342,26 @@ def test_float64_of_extreme_size_neither_overflows_nor_vanishes(size: float) -> 
     assert torch.allclose(found.values / size, values[:2], rtol=1e-12)
 
 
+@pytest.mark.parametrize("exponent", [-900, -600, 600, 900])
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "iso_cts"])
+def test_float64_merges_of_extreme_size_are_those_of_size_one(method: str, exponent: int) -> None:
+    base = torch.zeros(32, 24, dtype=torch.float64)
+    found = [torch.from_numpy(d).double() for d in deltas("noise", 32, 24, 3)]
+    huge = [torch.ldexp(d, torch.tensor(exponent)) for d in found]
+    one, other = (
+        merge_weight(
+            find_method(method),
+            Inputs("w", base, e),
+            [1.0] * 3,
+            find_method(method).make_options({}, 3),
+            torch.float64,
+        )
+        for e in (found, huge)
+    )
+    assert torch.equal(torch.ldexp(other.tensor, torch.tensor(-exponent)), one.tensor)
+    assert other.interference == one.interference
+
+
 @pytest.mark.parametrize("power", [-1.0, 1.0])
 def test_a_frozen_layer_of_one_expert_does_not_scale_the_others(power: float) -> None:
     (delta,) = deltas("noise", 24, 24, 1)
@@ -360,6 +381,19 @@ def test_results_that_do_not_fit_are_refused() -> None:
         merge_tensors(base, [base], "linear", weights=[float("nan")])
     with pytest.raises(UsageError, match="sum to zero"):
         merge_tensors(base, [base, base], "linear", weights=[1.0, -1.0])
+
+
+@pytest.mark.parametrize("size", [2, 40, 300])
+@pytest.mark.parametrize("solver", ["auto", "exact", "textbook"])
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "iso_cts"])
+def test_differences_past_the_range_of_float32_are_refused(
+    method: str, solver: str, size: int
+) -> None:
+    """LAPACK may take NaN and find rank 0: the base would come back as if nothing had changed."""
+    base = torch.eye(size) * 3e38
+    parameters = {} if method == "iso_c" else {"solver": solver}
+    with pytest.raises(NumericsError, match=r"tensor 'w' .* not finite"):
+        merge_tensors(base, [-base, -base], method, name="w", parameters=parameters)
 
 
 def test_bad_tensors_are_refused() -> None:

@@ -23,7 +23,8 @@ class SubspaceBatch:
     ranks, numerical_ranks : list of B lists of T int
         Triplets kept, and the rank of each delta by `numerical_rank`.
     doubtful : list of B bool
-        Weights whose spectrum spans more than a float64 Gram matrix holds: merge these singly.
+        Weights to be merged singly: a delta is not finite, or its spectrum spans more than a
+        float64 Gram matrix holds.
     fallback : str or None
         Why a solver of ours was left for torch's, where it was, for all of them.
     """
@@ -96,13 +97,14 @@ def leading_subspaces_batch(
     vectors *= inside[..., None, :]
     left = (wide @ vectors) * torch.where(inside, values, 1.0).reciprocal()[..., None, :]
     faint = inside & (squares[..., :most] < GRAM_RANGE * squares[..., :1])
+    doubtful = faint.any(-1) | ~squares.isfinite().all(-1)  # [B, T]
     return SubspaceBatch(
         left=left,
         values=_times_powers_of_two(values, exponents[..., 0]),
         right=vectors,
         ranks=kept.tolist(),
         numerical_ranks=known.tolist(),
-        doubtful=faint.flatten(1).any(1).tolist(),
+        doubtful=doubtful.any(-1).tolist(),
         fallback=failed,
     )
 

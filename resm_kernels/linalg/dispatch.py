@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from resm_kernels.linalg import cusolver
-from resm_kernels.linalg.crossover import Problem, choose, committed_tables, table_for
+from resm_kernels.linalg.crossover import Operation, Problem, choose, committed_tables, table_for
 from resm_kernels.linalg.cusolver import SolverError
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Eigh(NamedTuple):
@@ -81,7 +79,7 @@ def eigh(matrices: torch.Tensor) -> Eigh:
     return Eigh(values, vectors, fallback)
 
 
-def leading_eigh(matrix: torch.Tensor, count: int) -> Pair | None:
+def leading_eigh(matrix: torch.Tensor, count: int) -> Eigh | None:
     """The `count` largest eigenvalues, ascending, and their vectors; None where `eigh` has to do.
 
     `matrix` stays as it is.
@@ -90,7 +88,7 @@ def leading_eigh(matrix: torch.Tensor, count: int) -> Pair | None:
     if not count or backend(problem, matrix.device) != "syevdx":
         return None
     found = cusolver.syevdx(matrix, count)
-    return found.values, found.vectors
+    return Eigh(found.values, found.vectors)
 
 
 def svd(matrix: torch.Tensor) -> Svd:
@@ -127,7 +125,7 @@ def joined(*reasons: str | None) -> str | None:
     return "; ".join(filter(None, reasons)) or None
 
 
-def _problem(operation: Any, matrices: torch.Tensor, count: int | None = None) -> Problem:
+def _problem(operation: Operation, matrices: torch.Tensor, count: int | None = None) -> Problem:
     *batch, m, n = matrices.shape
     dtype = str(matrices.dtype).removeprefix("torch.")
     return Problem(operation, (m, n), dtype, math.prod(batch), count)

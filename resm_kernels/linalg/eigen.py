@@ -108,7 +108,7 @@ def leading_eigenpairs(
             return _full(matrix, count, f"syevdx: {error.got}")
         if leading is None:
             return _full(matrix, count)
-        return Eigenpairs(leading[0].flip(0), leading[1].flip(1), "syevdx")
+        return Eigenpairs(leading.values.flip(0), leading.vectors.flip(1), "syevdx")
     diagonal = matrix.diagonal().clone()
     reduced = Tridiagonal(matrix.numpy())
     values = reduced.eigenvalues()[::-1]

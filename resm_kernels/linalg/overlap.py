@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resm_kernels.linalg.subspace import Subspace
+from resm_kernels.linalg.subspace import Subspace, times_power_of_two
 
 LEADING = 64
 """Leading directions of each matrix that are compared: 1 % of a merge's work at most."""
@@ -69,15 +69,18 @@ def subspace_overlap(
         _products([side[:, :count] for side, count in zip(sides, kept, strict=True)])
         for sides in ([s.left for s in subspaces], [s.right for s in subspaces])
     )
-    squares = [float(scale.square().sum()) for scale in scales]
+    # The size cancels: it is taken out first, so that no square leaves float64's range.
+    on_host = [scale.cpu() for scale in scales]
+    size = max((float(scale.max()) for scale in on_host if scale.numel()), default=0.0)
+    exponent = math.frexp(size)[1]
+    squares = [float(times_power_of_two(scale, -exponent).square().sum()) for scale in on_host]
     rows, columns = subspaces[0].left.shape[0], subspaces[0].right.shape[0]
     chance = sum(
         kept[a] * kept[b] * math.sqrt(sum(sq for c, sq in enumerate(squares) if c not in (a, b)))
         for a, b in itertools.product(range(len(kept)), repeat=2)
     ) * math.sqrt(2 / (math.pi * max(1, rows * columns)))
-    interference = (
-        float(((left * torch.cat(scales)) @ right).abs().sum()) / chance if chance else 0.0
-    )
+    scale = times_power_of_two(torch.cat(scales), -exponent)
+    interference = float(((left * scale) @ right).abs().sum()) / chance if chance else 0.0
     ends = list(itertools.accumulate(kept, initial=0))
     blocks = [slice(*ends[t : t + 2]) for t in range(len(kept))]
     pairs = []

@@ -129,6 +129,11 @@ def leading_subspaces(
     Subspace
         A zero matrix, or `rank` 0, gives r = 0.
 
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        The delta is not finite, or a factorisation did not converge.
+
     Notes
     -----
     Eigenvectors V of the float64 Gram matrix on the shorter side, then U = delta V / sigma.
@@ -140,7 +145,7 @@ def leading_subspaces(
         return _of_factors(delta, rank, energy)
     if delta.shape[1] > delta.shape[0]:
         return leading_subspaces(delta.T, rank, energy=energy, backend=backend).transposed()
-    exponent = _extreme_exponent(delta)
+    exponent = extreme_exponent(delta)
     if exponent:
         scaled = times_power_of_two(delta, -exponent)
         found = leading_subspaces(scaled, rank, energy=energy, backend=backend)
@@ -152,6 +157,7 @@ def leading_subspaces(
     rank = min(rank, columns)
     matrix = gram(delta)
     total = float(matrix.diagonal().sum())
+    _expect_finite(math.isfinite(total))
     floor = rank_tolerance(rows) ** 2
     pairs = leading_eigenpairs(matrix, rank, floor=floor, by_projector=backend == "projector")
     squares = pairs.values.clamp(min=0.0)
@@ -174,6 +180,7 @@ def leading_subspaces(
 def _by_svd(
     delta: torch.Tensor, rank: int, energy: float | None, backend: SubspaceBackend
 ) -> Subspace:
+    _expect_finite(bool(delta.isfinite().all()))
     if backend == "textbook":
         left, values, right = torch.linalg.svd(delta.to(torch.float32), full_matrices=False)
         failed = None
@@ -208,7 +215,15 @@ def _of_factors(delta: FactoredDelta, rank: int, energy: float | None) -> Subspa
     )
 
 
-def _extreme_exponent(matrix: torch.Tensor) -> int:
+def _expect_finite(holds: bool) -> None:
+    """LAPACK may take a matrix with NaN without a word, and its rank then looks like 0."""
+    if not holds:
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "the delta is not finite: the difference of two weights passes its dtype's range"
+        )
+
+
+def extreme_exponent(matrix: torch.Tensor) -> int:
     """The power of two to take out so that squares stay inside float64's range; mostly 0.
 
     Only float64 inputs of extreme size need it; a power of two changes no digit.

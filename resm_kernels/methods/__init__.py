@@ -142,7 +142,7 @@ def merge_weight(
             else:
                 merged = _merge_parts(method, inputs, weights, options, out_dtype, split)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        raise NumericsError(f"{where}: the factorisation did not converge: {error}") from error
+        raise NumericsError(f"{where}: the factorisation failed: {error}") from error
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             raise NumericsError(

@@ -97,12 +97,12 @@ def _ratios_of(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
 def _ratios(products: torch.Tensor) -> torch.Tensor:
     """t = T c / (1 + (T - 1) c) from the mean c of the cosines between deltas: [R, T, T] -> [R].
 
-    0 where the denominator vanishes.
+    0 where the denominator vanishes; NaN, and a result that is refused, where a square overflows.
     """
     count = products.shape[-1]
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
     lengths = (norms[:, :, None] * norms[:, None, :]).clamp_min(LEAST_PRODUCT)
-    cosines = (products / lengths).clamp(-1.0, 1.0)
+    cosines = (products / lengths).clamp(-1.0, 1.0).masked_fill_(lengths.isinf(), math.nan)
     first, second = torch.triu_indices(count, count, 1)
     mean = cosines[:, first, second].mean(-1)
     denominator = 1.0 + (count - 1) * mean
@@ -144,7 +144,9 @@ def _slerp(
     (own, dot), (_, other) = inputs.once("products", None, find)[0].tolist()
     lengths = [math.sqrt(square) for square in (own, other)]
     lengths = [length if length > LEAST_NORM else 1.0 for length in lengths]
-    cosine = min(max(dot / lengths[0] / lengths[1], -1.0), 1.0)  # NaN where squares overflow
+    cosine = min(max(dot / lengths[0] / lengths[1], -1.0), 1.0)
+    if math.inf in lengths:  # the squares overflow: no angle, and a result that is refused
+        cosine = math.nan
     shares = [1.0 - options.t, options.t]
     if not abs(cosine) > COLLINEAR:
         angle = math.acos(cosine)

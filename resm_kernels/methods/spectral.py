@@ -1,4 +1,4 @@
-"""Singular-vector merging: TSV-M, RESM and Iso-C."""
+"""Singular-vector merging: TSV-M, RESM, Iso-C and Iso-CTS."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from resm_kernels.linalg import (
     spectral_merge_batch,
     subspace_overlap,
 )
-from resm_kernels.linalg.subspace import Delta, rank_tolerance
+from resm_kernels.linalg.subspace import (
+    Delta,
+    extreme_exponent,
+    rank_tolerance,
+    times_power_of_two,
+)
 from resm_kernels.methods.base import Merged, Method, matches, option
 from resm_kernels.methods.inputs import Inputs
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
@@ -417,7 +422,9 @@ def _norm(delta: Delta) -> float:
     if isinstance(delta, FactoredDelta):
         left, right = delta.left.double(), delta.right.double()
         return math.sqrt(max(0.0, float(((left.T @ left) * (right.T @ right)).sum())))
-    return float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    exponent = extreme_exponent(delta)
+    scaled = times_power_of_two(delta, -exponent)
+    return math.ldexp(float(torch.linalg.vector_norm(scaled, dtype=torch.float64)), exponent)
 
 
 def _outside(delta: Delta, left: torch.Tensor) -> Delta:
