@@ -101,7 +101,8 @@ allow_extra
     no_report : bool
         Leave out `resm_report.html`.
     progress : Progress, optional
-        Told about bytes as they are done.
+        Told about bytes as they are done, by several threads: an object with `start(total)`,
+        `advance(count, tensor)` and `stop()`.
     executor : str or RayExecutor
         `local`, `ray` (the cluster in RAY_ADDRESS or on this machine), or
         `RayExecutor(address, cpus)`; the bytes are the same.

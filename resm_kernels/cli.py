@@ -27,7 +27,11 @@ NUMBERS = "numbers such as 0.5,0.8"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when done, 1 when the work failed, 2 when it was asked wrongly."""
-    options = build_parser().parse_args(arguments)
+    options, words = build_parser().parse_known_args(arguments)
+    if words and (not hasattr(options, "paths") or any(word.startswith("-") for word in words)):
+        options.parser.error(f"unrecognized arguments: {' '.join(words)}")
+    if words:  # argparse takes only those before the first option
+        options.paths += words
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO,
         format="%(message)s",
@@ -35,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for noisy in ("httpx", "httpcore", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if sys.stdout is None:  # closed by who called
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -170,6 +176,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("path", metavar="DIR")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -294,8 +302,6 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from resm_kernels import api
     from resm_kernels.report.tables import machine_dict, machine_facts, plan_table, report_table
 
@@ -307,19 +313,17 @@ def _merge(options: argparse.Namespace) -> int:
             if options.json:
                 _print_json({**made.to_dict(), **machine_dict([made], space, rates)})
             else:
-                Console().print(plan_table(made, machine_facts([made], space, rates)))
+                _print(plan_table(made, machine_facts([made], space, rates)))
         return 0
     report = api.execute(made, options.paths[-1], **_execution(options), executor=executor)
     if options.json:
         _print_json(report.to_dict())
     else:
-        Console().print(report_table(report))
+        _print(report_table(report))
     return 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from resm_kernels import api
     from resm_kernels.report.tables import (
         machine_dict,
@@ -344,14 +348,14 @@ def _sweep(options: argparse.Namespace) -> int:
                 _print_json({"outputs": outputs, **needs})
             else:
                 together = sweep_facts(plans, machine_facts(plans, space, rates))
-                Console().print(*map(plan_table, plans), together, sep="\n")
+                _print(*map(plan_table, plans), together)
         return 0
     given = {**_execution(options), "executor": executor}
     reports = api.execute_sweep(made, options.paths[-1], **given)
     if options.json:
         _print_json({name: report.to_dict() for name, report in reports.items()})
     else:
-        Console().print(sweep_table(reports))
+        _print(sweep_table(reports))
     return 0
 
 
@@ -517,8 +521,6 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from resm_kernels import api
     from resm_kernels.report.checks import comparison_page, comparison_table
 
@@ -528,13 +530,11 @@ def _compare(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(found.to_dict())
     else:
-        Console().print(comparison_table(found))
+        _print(comparison_table(found))
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from resm_kernels import api
     from resm_kernels.report.checks import inspection_page, inspection_table
 
@@ -544,7 +544,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(found.to_dict())
     else:
-        Console().print(inspection_table(found))
+        _print(inspection_table(found))
     return 0
 
 
@@ -557,21 +557,17 @@ def _write_page(path: str, page: str) -> None:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from resm_kernels.methods import METHODS
     from resm_kernels.report.tables import methods_table, methods_to_dict
 
     if options.json:
         _print_json(methods_to_dict(METHODS.values()))
     else:
-        Console().print(methods_table(METHODS.values()))
+        _print(methods_table(METHODS.values()))
     return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from resm_kernels.doctor import diagnose
     from resm_kernels.report.tables import doctor_table
 
@@ -585,8 +581,16 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(found)
     else:
-        Console().print(doctor_table(found))
+        _print(doctor_table(found))
     return 0
+
+
+def _print(*what: object) -> None:
+    """On a terminal as wide as that; into a file or a pipe nothing is cut."""
+    from rich.console import Console
+
+    fitted = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if fitted else 1000).print(*what, sep="\n")
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -14,15 +14,18 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+import resm_kernels
 from resm_kernels.checkpoint.files import canonical_json, seal
 from resm_kernels.cli import main
 from resm_kernels.engine import executor
 from resm_kernels.engine.plan import MergePlan
+from resm_kernels.errors import UsageError
 from resm_kernels.report.progress import BarProgress, LogProgress
 from tests.hostile import cases as hostile
 from tests.hostile.cases import (
@@ -102,6 +105,31 @@ def _interrupt(plan: MergePlan) -> None:
     raise KeyboardInterrupt
 
 
+def test_paths_may_stand_on_both_sides_of_an_option(site: Site) -> None:
+    command, file, out = recipe(RECIPE)(site) or ()
+    assert status([command, file, "--quiet", out]) == 0
+    assert (site.out / "resm_manifest.json").is_file()
+
+
+def test_nothing_is_cut_in_a_pipe(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    _, file, _ = recipe(RECIPE)(site) or ()
+    out = site.root / ("long" * 40)
+    assert status(["sweep", file, out, "--lambda", "0.5,0.8", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{out}/lambda-0.5" in printed
+    assert "…" not in printed
+
+
+@pytest.mark.parametrize("progress", [True, "bar", object()])
+def test_progress_that_cannot_be_told_is_refused(site: Site, progress: Any) -> None:
+    with pytest.raises(UsageError, match=r"progress: got .*\n.*start, advance and stop"):
+        resm_kernels.merge(site.base, [site.a], site.root / "out", progress=progress)
+    assert not (site.root / "out.partial").exists()
+
+
 # Commands
 
 
@@ -128,6 +156,7 @@ COMMANDS = [
     bad("unknown command", command("mrge"), "invalid choice: 'mrge'", code=2),
     bad("merge of nothing", command("merge"), "RECIPE.yml OUT", "no output folder", code=2),
     bad("three paths", command("merge", "a", "b", "c"), "RECIPE.yml OUT", "a b c", code=2),
+    bad("three paths apart", command("merge", "a", "--quiet", "b", "c"), "a b c", code=2),
     bad("no base", command("merge", "--expert", "x", "out"), "--base, --expert and OUT", code=2),
     bad("no expert", command("merge", "--base", "x", "out"), "--base, --expert and OUT", code=2),
     bad("recipe and --base", recipe_and_base, "--base, --param beside a recipe", code=2),
@@ -322,6 +351,9 @@ OUTPUTS = [
     bad("partial is a file", output("work/merged", lambda p: Path(f"{p}.partial").touch(), RESUME),
         "merged.partial", "Not a directory"),
     bad("partial is foreign", foreign_partial, "merged.partial: ", "keep.txt", options=[RESUME]),
+    bad("partial is foreign, not resumed", foreign_partial, "merged.partial: not an unfinished",
+        "move it away"),
+    bad("the name of a partial", output("work/merged.partial"), "such names", "another name"),
     bad("partial is an input", expert_is_partial, "lies in the input folder", "merged.partial"),
     bad("resumed by another recipe", unfinished(RESUME, "--method", "tsvm"),
         "merged.partial", "has another plan", "resume with the recipe it was started with"),

@@ -125,6 +125,14 @@ def test_nan_in_the_base(tmp_path: Path) -> None:
     assert f"NaN or Inf in {UP}" in said(found)
 
 
+def test_a_difference_past_float32_has_no_rank(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", {UP: torch.full((8, 8), 3e38)})
+    expert = save(tmp_path / "expert", {UP: torch.full((8, 8), -3e38)})
+    (tensor,) = resm_kernels.inspect(base, [expert], rank=True).tensors
+    assert tensor.changes[0] is not None
+    assert tensor.changes[0].rank is None
+
+
 def test_other_vocabularies(tmp_path: Path) -> None:
     state = make_state()
     config = {"model_type": "llama", "vocab_size": 40}

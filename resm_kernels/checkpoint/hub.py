@@ -103,7 +103,7 @@ def locate(reference: ModelReference, *, adapter: bool = False) -> Path:
         raise CheckpointError(
             f"{reference}: no such path, and LoRA adapters (base+adapter) cannot stand here",
             expected="a whole model",
-            fix="merge the adapter into its base model and name that folder",
+            fix="name its base as base_model to use it as an expert, or merge it with PEFT first",
         )
     if reference.repo is None:
         raise CheckpointError(

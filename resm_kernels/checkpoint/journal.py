@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,19 @@ def _check_output(output: Path, inputs: Iterable[Path], resume: bool, several: b
             )
     if target == Path.cwd():
         raise OutputError(f"{output}: the output is the current folder", fix="choose another name")
+    if output.name.endswith(".partial"):
+        raise OutputError(
+            f"{output}: such names are of unfinished merges", fix="choose another name"
+        )
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output}: exists and is not a folder", fix="choose another name")
-    if not several and output.exists() and any(output.iterdir()):
+    held = [*output.iterdir()] if not several and output.exists() else []
+    if held:
+        begun = any(path.suffix == ".partial" for path in held)
+        resumed = ", or go on with an unfinished sweep by --resume (resume=True)" if begun else ""
         raise OutputError(
-            f"{output}: exists and is not empty", fix="choose another name, or move it away"
+            f"{output}: exists and is not empty",
+            fix=f"choose another name, or move it away{resumed}",
         )
     if not output.parent.is_dir():
         raise OutputError(f"{output.parent}: no such folder", fix="create it first")
@@ -85,10 +93,25 @@ def _check_output(output: Path, inputs: Iterable[Path], resume: bool, several: b
         raise OutputError(f"{output.parent}: no permission to write there")
     partial = partial_folder(output)
     if partial.exists() and not resume:
+        if not partial.is_dir() or not _is_ours(os.listdir(partial)):
+            raise _strange(partial, "no journal of a merge")
         raise OutputError(
             f"{partial}: an unfinished merge lies there",
             fix=f"finish it with --resume (resume=True), or remove it: rm -r {partial}",
         )
+
+
+def _is_ours(names: Sequence[str]) -> bool:
+    """Whether a folder holds what a merge leaves: a journal, a manifest, or nothing yet."""
+    return not names or JOURNAL in names or MANIFEST in names
+
+
+def _strange(partial: Path, got: str) -> OutputError:
+    return OutputError(
+        f"{partial}: not an unfinished merge",
+        got=got,
+        fix="move it away, or choose another output",
+    )
 
 
 def check_partial(partial: Path, plan_id: str) -> None:
@@ -157,11 +180,7 @@ class OutputFolder:
         lines = self._read_journal(path)
         self.finished = self._has_manifest()
         if not lines and not self.finished and (strange := set(os.listdir(self.path)) - {JOURNAL}):
-            raise OutputError(
-                f"{self.path}: not an unfinished merge",
-                got=f"{min(strange)} and no journal",
-                fix="move it away, or choose another output",
-            )
+            raise _strange(self.path, f"{min(strange)} and no journal")
         if lines and lines[0].get("plan_id") != self._plan_id:
             raise OutputError(
                 f"{self.path}: the unfinished merge there has another plan",

@@ -147,9 +147,12 @@ def read_safetensors_header(path: Path) -> WeightFile:
                 raise _bad(
                     path,
                     "the header does not fit in the file",
-                    got=f"a header of {length} bytes in a file of {stamp.size}"
-                    if len(prefix) == 8
-                    else f"a file of {stamp.size} bytes",
+                    got=_in_place_of(prefix)
+                    or (
+                        f"a header of {length} bytes in a file of {stamp.size}"
+                        if len(prefix) == 8
+                        else f"a file of {stamp.size} bytes"
+                    ),
                     expected=f"at most {MAX_HEADER} bytes, inside the file",
                 )
             raw = file.read(length)
@@ -344,6 +347,13 @@ def check_index(path: Path, listed: Mapping[str, list[str]], files: list[WeightF
 def _some(names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _in_place_of(prefix: bytes) -> str | None:
+    """What a failed download leaves where weights should be."""
+    if prefix == b"version ":
+        return "a Git LFS pointer: `git lfs pull` fetches the file"
+    return "a web page" if prefix.lstrip().startswith((b"<!", b"<htm", b"<HTM")) else None
 
 
 def _bad(

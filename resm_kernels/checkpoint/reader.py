@@ -121,7 +121,7 @@ def _entry_file(folder: Path) -> Path:
     if is_adapter(folder):
         raise CheckpointError(
             f"{folder}: a LoRA adapter, not a whole model",
-            fix="merge the adapter into its base model and name that folder",
+            fix="name its base as base_model to use it as an expert, or merge it with PEFT first",
         )
     singles = sorted(
         set(folder.glob("*.safetensors")) - {folder / name for name in ADAPTER_WEIGHTS}

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -31,6 +31,7 @@ READERS, READERS_TO_DEVICES = 2, 4
 STAGES = ("read", "compute", "write", "finish")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What the pipeline tells about its advance; called from several threads."""
 

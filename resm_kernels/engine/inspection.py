@@ -242,7 +242,12 @@ class _Inspector:
         shape = inputs.base.shape
         if len(shape) != 2 or matches(name, EXCLUDE) or not min(shape):
             return []
-        return [leading_subspaces(inputs.delta(t), min(shape)) for t in range(len(inputs.experts))]
+        try:
+            return [
+                leading_subspaces(inputs.delta(t), min(shape)) for t in range(len(inputs.experts))
+            ]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return []  # a difference past float32's range has no rank
 
     def _findings(self, tensors: Sequence[InspectedTensor]) -> list[Finding]:
         found: list[Finding] = []

@@ -16,7 +16,7 @@ from resm_kernels.engine.flow import Progress, step_of
 from resm_kernels.engine.plan import MergePlan, check_disk, plan_steps
 from resm_kernels.engine.result import MergeReport
 from resm_kernels.engine.target import Companions, Draw, ExtraFiles, Target
-from resm_kernels.errors import OutputError
+from resm_kernels.errors import OutputError, UsageError
 
 LOG = logging.getLogger(__name__)
 
@@ -130,6 +130,10 @@ def _run_together(
     draw: Draw | None,
     executor: Executor,
 ) -> list[MergeReport]:
+    if progress is not None and not isinstance(progress, Progress):
+        raise UsageError(
+            f"progress: got {progress!r:.80}", expected="an object with start, advance and stop"
+        )
     started = time.perf_counter()
     targets: list[Target] = []
     try:

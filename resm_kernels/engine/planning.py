@@ -41,7 +41,7 @@ from resm_kernels.recipe import Recipe, holds, layer_positions
 
 LOG = logging.getLogger(__name__)
 
-NUMERICS = 5
+NUMERICS = 6
 """Raised whenever the same plan would give other bytes."""
 GPU_WORKERS = 2
 """Weights merged at once on a GPU: one's eigen-decomposition, bound by latency, runs beside the

@@ -151,7 +151,8 @@ def sweep_table(reports: Mapping[str, MergeReport]) -> RenderableType:
     """What a sweep did: a line for each output."""
     table = Table()
     for heading in ("output", "method", "tensors", "written", "notes"):
-        table.add_column(heading, justify="right" if heading in ("tensors", "written") else "left")
+        number = heading in ("tensors", "written")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for report in reports.values():
         notes = sum(len(found) for found in report.all_notes.values())
         table.add_row(
@@ -259,6 +260,8 @@ def size(count: int) -> str:
 
 def _facts(facts: Mapping[str, str]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(Text(name, style="bold"), Text(value))
     return table

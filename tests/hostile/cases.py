@@ -227,6 +227,9 @@ DISAGREE = "tensor 'w': shape and data disagree"
 
 FILES = [
     bad("empty", raw(lambda _: b""), A, "header does not fit", "a file of 0 bytes"),
+    bad("a Git LFS pointer", raw(lambda _: b"version https://git-lfs.github.com/spec/v1\n"), A,
+        "git lfs pull"),
+    bad("a web page", raw(lambda _: b"<!doctype html><html></html>"), A, "got: a web page"),
     bad("five bytes", raw(lambda _: b"abcde"), A, "header does not fit", "a file of 5 bytes"),
     bad("truncated", raw(lambda good: good[:-1]), A, "data do not end with the file"),
     bad("trailing bytes", raw(lambda good: good + b"x"), A, "data do not end with the file"),
