@@ -348,7 +348,7 @@ def _sweep(options: argparse.Namespace) -> int:
                 _print_json({"outputs": outputs, **needs})
             else:
                 together = sweep_facts(plans, machine_facts(plans, space, rates))
-                _print(*map(plan_table, plans), together)
+                _print(*(plan_table(one, name=name) for name, one in made.items()), together)
         return 0
     given = {**_execution(options), "executor": executor}
     reports = api.execute_sweep(made, options.paths[-1], **given)

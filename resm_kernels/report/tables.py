@@ -20,9 +20,12 @@ from resm_kernels.report.page import seconds
 SHOWN_NOTES = 8
 
 
-def plan_table(plan: MergePlan, facts: Mapping[str, str] | None = None) -> RenderableType:
+def plan_table(
+    plan: MergePlan, facts: Mapping[str, str] | None = None, name: str = "plan"
+) -> RenderableType:
     """What a merge will do and cost, by rule; `facts` join the plan's own."""
-    by_rule = Table(title=f"plan {plan.plan_id[:12]}: {plan.recipe.method}", title_justify="left")
+    title = f"{name} {plan.plan_id[:12]}: {plan.recipe.method}"
+    by_rule = Table(title=Text(title), title_justify="left")
     for heading in ("rule", "why", "tensors", "read", "written"):
         by_rule.add_column(heading, justify="left" if heading in ("rule", "why") else "right")
     groups: dict[tuple[str, str], list[int]] = {}
