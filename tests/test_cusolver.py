@@ -342,6 +342,37 @@ def test_batches_past_the_limits_are_split(fake_cusolver: Fake) -> None:
         assert error.value.entries == {3: "info = 1", 16387: "info = 1"}
 
 
+def test_unequal_matrices_are_grouped_by_shape(fake_cusolver: Fake) -> None:
+    shapes = [(4, 3), (5, 5), (4, 3), (3, 4), (5, 5), (4, 3)]
+    matrices = [random(*shape) + i for i, shape in enumerate(shapes)]
+    matrices.append(random(4, 3, dtype=torch.float32))
+    copies = [matrix.clone() for matrix in matrices]
+    found = cusolver.by_shape(cusolver.gesvdj_batched, matrices)
+    for svd, matrix, copy in zip(found, matrices, copies, strict=True):
+        assert torch.equal(matrix, copy)
+        assert_svd(svd, matrix)
+    batches = sorted(call[6] for call in fake_cusolver.calls("gesvdjBatched"))
+    assert batches == ["1", "1", "2", "3"]
+
+    leading = cusolver.by_shape(functools.partial(cusolver.gesvda_batched, rank=2), matrices)
+    assert [svd.values.shape for svd in leading] == [(2,)] * len(matrices)
+    square = [symmetric(n) for n in (3, 4, 3)]
+    for eigen, matrix in zip(cusolver.by_shape(cusolver.syev_batched, square), square, strict=True):
+        assert torch.allclose(eigen.values, torch.linalg.eigvalsh(matrix), atol=1e-12)
+    assert cusolver.by_shape(cusolver.gesvdj_batched, []) == []
+
+
+def test_grouped_errors_name_positions_of_all_groups(fake_cusolver: Fake) -> None:
+    matrices = [random(n, n) for n in (3, 4, 3, 4, 3)]
+    matrices[3][0, 0] = matrices[4][0, 0] = torch.nan
+    with pytest.raises(SolverError) as error:
+        cusolver.by_shape(cusolver.gesvdj_batched, matrices)
+    assert error.value.entries == {3: "NaN or Inf", 4: "NaN or Inf"}
+    fake_cusolver.report_status("cusolverDnDgesvdjBatched", 7)
+    with pytest.raises(SolverError, match="INTERNAL_ERROR"):
+        cusolver.by_shape(cusolver.gesvdj_batched, matrices)
+
+
 @pytest.mark.parametrize(
     ("run", "match"),
     [

@@ -17,16 +17,17 @@ orthonormal vectors.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
 
@@ -122,6 +123,9 @@ class Polar:
     factor: torch.Tensor
     hermitian: torch.Tensor
     certificate: torch.Tensor
+
+
+Factors = TypeVar("Factors", SVD, Eigen)
 
 
 def tells_no_memory(text: str) -> bool:
@@ -376,6 +380,49 @@ def polar(matrix: torch.Tensor, *, overwrite: bool = False) -> Polar:
     certificate = torch.zeros(1, 3, dtype=torch.float64, device=matrix.device)
     task.run(hermitian, certificate)
     return Polar(task.matrices[0], task.zeroed(hermitian)[0], task.zeroed(certificate)[0])
+
+
+def by_shape(solve: Callable[..., Factors], matrices: Sequence[torch.Tensor]) -> list[Factors]:
+    """Solve unequal matrices: one batched call per shape and dtype.
+
+    Parameters
+    ----------
+    solve : callable
+        From B x m x n to SVD or Eigen, such as `gesvdj_batched` or `partial(gesvda_batched,
+        rank=8)`; called with `overwrite=True`, since the batch is a copy.
+    matrices : sequence of Tensor, m x n
+
+    Returns
+    -------
+    list
+        In the order of `matrices`.
+
+    Raises
+    ------
+    SolverError
+        Names positions in `matrices`, of all batches together.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for position, matrix in enumerate(matrices):
+        key = (tuple(matrix.shape), matrix.dtype, matrix.device)
+        groups.setdefault(key, []).append(position)
+    results: dict[int, Factors] = {}
+    wrong: dict[int, str] = {}
+    for positions in groups.values():
+        stack = torch.stack([matrices[position] for position in positions])
+        try:
+            found = solve(stack, overwrite=True)
+        except SolverError as error:
+            if not error.entries:
+                raise
+            wrong |= {positions[entry]: why for entry, why in error.entries.items()}
+            continue
+        parts = [getattr(found, field.name) for field in dataclasses.fields(found)]
+        for entry, position in enumerate(positions):
+            results[position] = type(found)(*(part[entry] for part in parts))
+    if wrong:
+        raise _failure("cuSOLVER", wrong)
+    return [results[position] for position in range(len(matrices))]
 
 
 @dataclass(frozen=True)
