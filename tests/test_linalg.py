@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.spectral import accuracy_rows
+from resm_kernels.errors import PlanError
 from resm_kernels.linalg import (
     FactoredDelta,
     Solver,
@@ -473,6 +474,13 @@ def test_dense_and_factored_experts_merge_together() -> None:
     v = np.concatenate([vts[0][:140], vts[1][:8]]).T
     s = np.concatenate([ss[0][:140], 0.5 * ss[1][:8]])
     assert oracle.error(found, (oracle.polar(u) * s) @ oracle.polar(v).T) <= 1e-5
+
+
+def test_a_plan_past_the_workspace_is_refused() -> None:
+    with pytest.raises(PlanError, match="bytes of workspace planned"):
+        Solver(SolverOptions(workspace=1000)).merge([torch.ones(64, 64)] * 2, [8, 8])
+    roomy = Solver(SolverOptions(workspace=1 << 30))
+    assert roomy.merge([torch.ones(64, 64)] * 2, [8, 8]).left.shape[0] == 64
 
 
 def test_planned_time_grows_with_the_work() -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from resm_kernels.errors import UsageError
+from resm_kernels.errors import PlanError, UsageError
 from resm_kernels.linalg import dispatch
 from resm_kernels.linalg.crossover import Problem
 from resm_kernels.linalg.eigen import gram, is_partial, leading_eigenpairs
@@ -54,11 +54,15 @@ class SolverOptions:
         `textbook` is five float32 SVDs, as published, for comparison.
     subspace, polar : str
         A backend of `leading_subspaces` and of `polar_factor`, or `auto`: as the mode says.
+    workspace : int, optional
+        The most bytes a merge may be planned to hold beside its inputs; a plan past it is an
+        error. A route that steps up to float64 or to an SVD can hold about twice its plan.
     """
 
     mode: Mode = "auto"
     subspace: SubspaceBackend | Literal["auto"] = "auto"
     polar: PolarBackend | Literal["auto"] = "auto"
+    workspace: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,8 @@ class SolverPlan:
     ----------
     route : Route
     workspace : int
-        Peak bytes of tensors beside base, experts and output; a BLAS keeps buffers of its own,
-        and a fallback to float64 or to an SVD can hold about twice as much.
+        Peak bytes of tensors beside base, experts and output, without fallbacks; a BLAS keeps
+        buffers of its own.
     pair : int
         Bytes of the low-rank pair that comes back.
     work : Work
@@ -296,13 +300,29 @@ class Solver:
             The most triplets to keep of each.
         weights : sequence of float, optional
             Multiply each expert's singular values; 1 by default.
+
+        Raises
+        ------
+        PlanError
+            The plan passes `workspace`.
         """
         if len(deltas) == 0:
             raise UsageError("no deltas to merge", fix="pass at least one")
         first = deltas[0]
         device = first.device if isinstance(first, torch.Tensor) else first.left.device
         sizes = [d.element_size() for d in deltas if isinstance(d, torch.Tensor)]
-        solver = self.for_itemsize(max(sizes, default=4))
+        itemsize = max(sizes, default=4)
+        solver = self.for_itemsize(itemsize)
+        if self.options.workspace is not None:
+            plan = solver.plan(first.shape, ranks, itemsize=itemsize, device=device.type)
+            planned = plan.workspace
+            if planned > self.options.workspace:
+                raise PlanError(
+                    f"factoring a {first.shape[0]} x {first.shape[1]} weight",
+                    got=f"{planned:,} bytes of workspace planned",
+                    expected=f"at most {self.options.workspace:,} bytes",
+                    fix="raise the limit or lower the ranks",
+                )
         makers = [functools.partial(_same, delta) for delta in deltas]
         subspaces = solver.subspaces(makers, ranks, device=device)
         return solver.combine(subspaces, [1.0] * len(deltas) if weights is None else weights)
