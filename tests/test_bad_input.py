@@ -111,6 +111,13 @@ def test_paths_may_stand_on_both_sides_of_an_option(site: Site) -> None:
     assert (site.out / "resm_manifest.json").is_file()
 
 
+def test_a_closed_stdout_is_no_failure(site: Site) -> None:
+    site.monkeypatch.setattr(sys, "stdout", None)
+    assert status(recipe(RECIPE)(site) or ()) == 0
+    sys.stdout.close()
+    assert (site.out / "resm_manifest.json").is_file()
+
+
 def test_nothing_is_cut_in_a_pipe(
     site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -444,6 +444,7 @@ def oracle_terms(
 
 
 COMBINED = ["none", "band", "everything"]
+BOTH = (consensus_kernel, consensus_reference)
 
 
 @pytest.mark.parametrize("module", [consensus_reference, consensus_kernel])
@@ -502,6 +503,37 @@ def test_combination_kernels_give_the_references_bytes(
             how = {"elect": elect, "mean": mean, **given}
             found = consensus_kernel.elected_deltas(*call, **how)
             assert same(found, consensus_reference.elected_deltas(*call, **how))
+
+
+@pytest.mark.parametrize("case", COMBINED)
+@pytest.mark.parametrize("count", [1, 4, 5, 9])
+def test_any_number_of_experts(count: int, case: str) -> None:
+    """Their blocks are read four at a time."""
+    base, experts = family((3, 1000), torch.float32, count)
+    weights = [0.3 + 0.1 * t for t in range(count)]
+    masks = masks_for(case, base, experts)
+    given = {"scale": 0.9, "out_dtype": torch.float32, "masks": masks}
+    for found, expected in (
+        [module.weighted_deltas(base, experts, weights, **given) for module in BOTH],
+        [module.elected_deltas(base, experts, weights, elect="sum", mean=True, **given)
+         for module in BOTH],
+    ):  # fmt: skip
+        assert torch.equal(found, expected)
+    # The interpreter does not fuse: every term rounds once more than in the reference.
+    found, expected = (m.weighted_sum(experts, weights, out_dtype=torch.float32) for m in BOTH)
+    size = sum(w * e.abs() for w, e in zip(weights, experts, strict=True))
+    assert bool(((found - expected).abs() <= 2 * count * EPS * size).all())
+
+
+@pytest.mark.parametrize("cut", [0, 1, 1023, 1024, 1025, 2048, 2999, 3000])
+def test_a_cut_anywhere_in_a_block(cut: int) -> None:
+    base, expert = torch.zeros(3000), torch.linspace(-2, 2, 3000).round()
+    for threshold, ceiling in ((1.0, math.inf), (0.0, math.inf), (math.inf, math.inf), (0.0, 1.0)):
+        mask = Mask(threshold=threshold, cut=cut, ceiling=ceiling, ceiling_cut=cut)
+        found, expected = (
+            m.masked_delta(base, expert, mask) for m in (mask_kernel, mask_reference)
+        )
+        assert torch.equal(found, expected)
 
 
 def test_an_election_without_weight_stays_a_sum() -> None:

@@ -18,6 +18,8 @@ WEIGHTS = (
 """What is fetched, in order of preference, until something is there."""
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """What a LoRA adapter holds; fetched where there is no whole model, or an adapter is asked for."""
+NAME_ITS_BASE = "name its base as base_model to use it as an expert, or merge it with PEFT first"
+"""What to do with an adapter where a whole model has to stand."""
 LONGEST = 8192
 """Most characters of `base+adapter`: two paths have no more."""
 COMPANIONS = (
@@ -103,7 +105,7 @@ def locate(reference: ModelReference, *, adapter: bool = False) -> Path:
         raise CheckpointError(
             f"{reference}: no such path, and LoRA adapters (base+adapter) cannot stand here",
             expected="a whole model",
-            fix="name its base as base_model to use it as an expert, or merge it with PEFT first",
+            fix=NAME_ITS_BASE,
         )
     if reference.repo is None:
         raise CheckpointError(

@@ -147,12 +147,7 @@ def read_safetensors_header(path: Path) -> WeightFile:
                 raise _bad(
                     path,
                     "the header does not fit in the file",
-                    got=_in_place_of(prefix)
-                    or (
-                        f"a header of {length} bytes in a file of {stamp.size}"
-                        if len(prefix) == 8
-                        else f"a file of {stamp.size} bytes"
-                    ),
+                    got=_in_place_of_header(prefix, stamp.size),
                     expected=f"at most {MAX_HEADER} bytes, inside the file",
                 )
             raw = file.read(length)
@@ -349,11 +344,15 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _in_place_of(prefix: bytes) -> str | None:
-    """What a failed download leaves where weights should be."""
+def _in_place_of_header(prefix: bytes, size: int) -> str:
+    """What a file of that size begins with; failed downloads leave pointers and web pages."""
     if prefix == b"version ":
         return "a Git LFS pointer: `git lfs pull` fetches the file"
-    return "a web page" if prefix.lstrip().startswith((b"<!", b"<htm", b"<HTM")) else None
+    if prefix.lstrip().startswith((b"<!", b"<htm", b"<HTM")):
+        return "a web page"
+    if len(prefix) < 8:
+        return f"a file of {size} bytes"
+    return f"a header of {int.from_bytes(prefix, 'little')} bytes in a file of {size}"
 
 
 def _bad(

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from resm_kernels.checkpoint.files import PIECE, open_regular
-from resm_kernels.checkpoint.hub import ADAPTER_WEIGHTS, ModelReference, locate
+from resm_kernels.checkpoint.hub import ADAPTER_WEIGHTS, NAME_ITS_BASE, ModelReference, locate
 from resm_kernels.checkpoint.layout import (
     INDEX_SUFFIX,
     Checkpoint,
@@ -121,7 +121,7 @@ def _entry_file(folder: Path) -> Path:
     if is_adapter(folder):
         raise CheckpointError(
             f"{folder}: a LoRA adapter, not a whole model",
-            fix="name its base as base_model to use it as an expert, or merge it with PEFT first",
+            fix=NAME_ITS_BASE,
         )
     singles = sorted(
         set(folder.glob("*.safetensors")) - {folder / name for name in ADAPTER_WEIGHTS}

@@ -122,7 +122,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     target = kwargs.get("device")
     target = posing[0].device if target is None else torch.device(target)
     check_places(func, name, args, kwargs)
-    check_repeatable(func, name, args, kwargs)
+    check_repeatable(func, name, args)
 
     reads, writes, pinned = accesses(func, name, args, kwargs)
     outer = {id(x.inner if isinstance(x, Posing) else x): x for x in leaves}
@@ -192,7 +192,7 @@ def check_places(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, An
         )
 
 
-def check_repeatable(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def check_repeatable(func: Any, name: str, args: Sequence[Any]) -> None:
     """Fail where a device would not give the same bytes in every run."""
     if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
         return
